@@ -1,0 +1,1 @@
+"""The properties that every implementation must satisfy, as a product."""

@@ -1,0 +1,97 @@
+"""The activations of the feed-forward block: SiLU and its gated form SwiGLU (Llama), GELU (GPT-2, BERT)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """σ(x) = 1 / (1 + e^−x), through tanh: no overflow on either side."""
+    half = x.dtype.type(0.5)
+    return half * np.tanh(half * x) + half
+
+
+def swiglu(
+    gate: Float[np.ndarray, "*rows d"], up: Float[np.ndarray, "*rows d"]
+) -> tuple[Float[np.ndarray, "*rows d"], Callable]:
+    """The gated unit of Llama's feed-forward block.                             (Shazeer 2020, arXiv 2002.05202, eq. 5)
+
+        y = silu(g) u        silu(g) = g σ(g)        silu′(g) = σ(g) (1 + g (1 − σ(g)))                 (1)
+
+    `vjp(dy) -> dgate, dup`. g and u are the outputs of `gate_proj` and `up_proj`.
+    """
+    s = sigmoid(gate)
+    y = gate * s * up
+
+    def vjp(dy):
+        silu = gate * s
+        dup = dy * silu
+        dgate = dy * up * (s + silu * (1 - s))  # σ + gσ(1 − σ)
+        return dgate, dup
+
+    return y, vjp
+
+
+def gelu(x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.ndarray, "*shape"], Callable]:
+    """Weigh x by the share of a standard normal below it.            (Hendrycks & Gimpel 2016, arXiv 1606.08415, eq. 1)
+
+        y = x Φ(x)        Φ(x) = ½ (1 + erf(x / √2))        dy/dx = Φ(x) + x φ(x)                       (2)
+
+    `vjp(dy) -> dx`. This is the exact form (BERT); GPT-2 uses `gelu_tanh`.
+    """
+    cdf = (0.5 * (1 + erf(x / math.sqrt(2)))).astype(x.dtype)  # Φ
+    y = x * cdf
+
+    def vjp(dy):
+        pdf = np.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))  # φ
+        return dy * (cdf + x * pdf)
+
+    return y, vjp
+
+
+def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.ndarray, "*shape"], Callable]:
+    """GELU with a tanh for the error function; "gelu_new" of GPT-2.     (Hendrycks & Gimpel 2016, arXiv 1606.08415, §2)
+
+        y = ½ x (1 + tanh z)        z = √(2/π) (x + 0.044715 x³)                                        (3)
+
+    `vjp(dy) -> dx`. At most 5e-4 away from `gelu`.
+    """
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (x + 0.044715 * x * x * x))
+    y = 0.5 * x * (1 + t)
+
+    def vjp(dy):
+        dz = c * (1 + 3 * 0.044715 * x * x)
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * dz)
+
+    return y, vjp
+
+
+_SPACING = 1 / 16
+_GRID = np.array([math.erf(i * _SPACING) for i in range(round(6 / _SPACING) + 2)])  # erf(6) = 1 − 2e-17
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """The error function to float64 precision: exact values on a grid, a Taylor series from the nearest one.
+
+        erf(a + h) = erf(a) + 2/√π e^(−a²) Σ_{n≥1} (−1)^(n−1) H_{n−1}(a) hⁿ / n!                         (4)
+
+    H are the Hermite polynomials, H_{n+1} = 2a H_n − 2n H_{n−1}. NumPy has no erf; with |h| ≤ 1/32 eleven terms leave
+    less than 1e-16.
+    """
+    magnitude = np.minimum(np.abs(x), 6).astype(np.float64)
+    nearest = np.rint(magnitude / _SPACING)
+    a = nearest * _SPACING
+    h = magnitude - a
+    hermite, previous = np.ones_like(a), np.zeros_like(a)
+    term, series = np.ones_like(a), np.zeros_like(a)
+    for n in range(1, 12):
+        term = term * h / n  # hⁿ / n!
+        series += (-1) ** (n - 1) * hermite * term
+        hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
+    value = _GRID[nearest.astype(np.intp)] + (2 / math.sqrt(math.pi)) * np.exp(-a * a) * series
+    return np.copysign(value, x)

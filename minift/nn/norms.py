@@ -1,0 +1,84 @@
+"""RMSNorm and LayerNorm: rescale each row of activations to unit size, then let each feature have its own gain.
+
+Notation: x̂ is `x_hat`, the normalized row; γ (Zhang & Sennrich's g) is `weight`, β is `bias`; means are over the last
+axis. The backward passes differentiate *through* the statistics: each input moves its row's rms (or mean and
+variance), which is the term that is subtracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+
+from minift.nn.linear import sum_to
+from minift.nn.weight import Frozen
+
+
+def rms_norm(
+    x: Float[np.ndarray, "*rows d"], weight: Float[np.ndarray, " d"] | Frozen, eps: float = 1e-6
+) -> tuple[Float[np.ndarray, "*rows d"], Callable]:
+    """Divide each row by its root mean square.                      (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
+
+        y = x̂ γ        x̂ = x / rms(x)        rms(x) = √(mean(x²) + ε)                                  (1)
+
+    `vjp(dy) -> dx, dweight`:
+
+        dx = (dx̂ − x̂ mean(dx̂ x̂)) / rms(x)       dx̂ = dy γ       dγ = Σ_rows dy x̂                       (2)
+
+    The mean is not subtracted, unlike in `layer_norm`; ε keeps an all-zero row at zero.
+    """
+    gain, gain_learns = _unwrap(weight)
+    inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
+    x_hat = x * inv_rms  # (..., d)
+    y = x_hat * gain
+
+    def vjp(dy):
+        dx_hat = dy * gain  # from  y = x_hat * gain
+        dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
+        dx = inv_rms * (dx_hat - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True))
+        return dx, dweight
+
+    return y, vjp
+
+
+def layer_norm(
+    x: Float[np.ndarray, "*rows d"],
+    weight: Float[np.ndarray, " d"] | Frozen,
+    bias: Float[np.ndarray, " d"] | Frozen,
+    eps: float = 1e-5,
+) -> tuple[Float[np.ndarray, "*rows d"], Callable]:
+    """Subtract each row's mean, then divide by its standard deviation.     (Ba, Kiros & Hinton 2016, arXiv 1607.06450)
+
+        y = x̂ γ + β        x̂ = (x − mean(x)) / √(var(x) + ε)                                           (3)
+
+    `vjp(dy) -> dx, dweight, dbias`:
+
+        dx = (dx̂ − mean(dx̂) − x̂ mean(dx̂ x̂)) / √(var(x) + ε)       dγ = Σ_rows dy x̂       dβ = Σ_rows dy  (4)
+
+    The variance is the biased one, mean((x − mean(x))²), as everywhere in the field.
+    """
+    gain, gain_learns = _unwrap(weight)
+    shift, shift_learns = _unwrap(bias)
+    centered = x - np.mean(x, axis=-1, keepdims=True)  # (..., d)
+    inv_std = 1 / np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
+    x_hat = centered * inv_std
+    y = x_hat * gain + shift
+
+    def vjp(dy):
+        dx_hat = dy * gain  # from  y = x_hat * gain + shift
+        dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
+        dbias = sum_to(dy, shift.shape) if shift_learns else None
+        dx = inv_std * (
+            dx_hat
+            - np.mean(dx_hat, axis=-1, keepdims=True)
+            - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True)
+        )
+        return dx, dweight, dbias
+
+    return y, vjp
+
+
+def _unwrap(weight: np.ndarray | Frozen) -> tuple[np.ndarray, bool]:
+    return (weight.array, False) if isinstance(weight, Frozen) else (weight, True)
