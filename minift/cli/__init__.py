@@ -1,0 +1,57 @@
+"""The command line: one file a command, and here the list of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from minift.cli.chat import Chat
+from minift.cli.finetune import Finetune
+from minift.cli.generate import Generate
+from minift.cli.info import Info
+from minift.cli.memory import Memory
+from minift.cli.merge import Merge
+from minift.cli.pretrain import Pretrain
+from minift.data.example import DataError
+from minift.data.templates import TemplateError
+from minift.io import FormatError
+
+COMMANDS = {
+    "finetune": Finetune,
+    "pretrain": Pretrain,
+    "generate": Generate,
+    "chat": Chat,
+    "merge": Merge,
+    "info": Info,
+    "memory": Memory,
+}
+
+DESCRIPTION = """Fine-tuning of language models from first principles, in NumPy.
+
+`minift finetune` teaches the built-in model to answer questions, in about a minute; `minift COMMAND --help` explains
+each command and its settings."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. The exit status is 0, 2 for bad input, 130 after Ctrl-C."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="minift",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return command.run()
+    except (FormatError, DataError, TemplateError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has gone: `minift generate … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"minift: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nminift: interrupted", file=sys.stderr)
+        return 130

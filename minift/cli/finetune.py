@@ -1,0 +1,229 @@
+"""`minift finetune`: the main job."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from minift.cli.common import (
+    Watcher,
+    answer,
+    batches_of,
+    console,
+    draw_losses,
+    emit,
+    for_inference,
+    peak_memory_bytes,
+    read_data,
+)
+from minift.data.example import Example
+from minift.io import load_model, load_tokenizer, save_adapter, save_model
+from minift.models import llama
+from minift.nn.weight import Params, trainable
+from minift.optim.schedules import Schedule
+from minift.peft import lora
+from minift.train import sft
+from minift.train.evaluate import held_out_loss
+from minift.train.loop import Result, Settings, fit
+from minift.train.methods import Method, prepare
+
+LEARNING_RATES: dict[str, float] = {"full": 5e-4, "head": 1e-3, "lora": 2e-3, "qlora": 2e-3}
+
+
+@dataclass
+class Finetune:
+    """Fine-tune a model on questions and answers, and say what it cost and what it brought.
+
+    With no settings at all, the built-in model learns what the functions of Python's standard library do. The loss
+    counts the answers only. Ctrl-C leaves a checkpoint, and --resume goes on from it bit for bit.
+    """
+
+    method: Method = "lora"
+    """full: every weight. head: the output matrix. lora: adapters W' = W + BA. qlora: the same over 4-bit weights."""
+    model: str = "tiny"
+    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    data: str = "stdlib"
+    """stdlib (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or plain text."""
+    out: Path = Path("runs/finetune")
+    """Where the adapter, metrics.jsonl, the loss curve and checkpoints go."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Examples in one pass through the model."""
+    gradient_accumulation_steps: int = 1
+    """Passes a step; their gradients add up to exactly that of one large batch."""
+    seq_len: int = 256
+    """Longer examples are cut to this many tokens."""
+    learning_rate: float | None = None
+    """At its peak; by default 5e-4 for full, 1e-3 for head, 2e-3 for lora and qlora."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this length."""
+    r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """The adapter is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's input that is dropped while training."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which layers get an adapter: names such as q_proj v_proj, or all-linear."""
+    recompute: bool = False
+    """Run each block again in the backward pass instead of keeping its activations: a third slower, far less memory."""
+    eval_examples: int = 400
+    """Held-out examples that the loss is measured on."""
+    eval_every: int = 100
+    """Steps between measurements."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Decides the order of the data, the adapters' first values and dropout."""
+    resume: bool = False
+    """Go on from the checkpoint in --out."""
+    json: bool = False
+    """Print the results as one JSON object on the last line."""
+
+    def run(self) -> int:
+        started = time.perf_counter()
+        config, params = load_model(self.model)
+        tokenizer = load_tokenizer(self.model)
+        data = read_data(self.data, tokenizer, self.seq_len, self.eval_examples)
+        total = sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
+        target_modules = "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
+        params, config = prepare(
+            self.method,
+            params,
+            config,
+            target_modules=target_modules,
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            rng=np.random.default_rng(self.seed),
+        )
+        learned = sum(array.size for array in trainable(params).values())
+        console.print(
+            f"[bold]{self.method}[/bold] on {self.model}: {learned:,} of {total:,} parameters learn "
+            f"({learned / total:.2%}); {len(data.train):,} examples, {len(data.held_out):,} held out"
+        )
+        questions = data.conversations[:3]
+        before = _answers(params, config, tokenizer, questions)
+
+        def loss(params, batch, normalizer, key):
+            return sft.loss(params, batch, config, normalizer, key if self.lora_dropout else None, self.recompute)
+
+        with Watcher(self.steps) as watch:
+            result = fit(
+                params,
+                loss,
+                batches_of(data.train, self.batch_size, self.gradient_accumulation_steps, self.seed),
+                self._settings(),
+                evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
+                folder=self.out,
+                identity=self._identity(),
+                resume=self.resume,
+                report=watch,
+            )
+        if result.interrupted:
+            console.print(f"stopped after step {result.records[-1]['step']}; the same command with --resume goes on")
+            return 130
+        saved = self._save(result, config, tokenizer)
+        draw_losses(result.records, self.out / "loss.png", f"{self.method} on {self.model}")
+        after = _answers(result.params, config, tokenizer, questions)
+        evaluations = result.losses()
+        summary: dict[str, Any] = {
+            "method": self.method,
+            "model": self.model,
+            "trainable_parameters": learned,
+            "total_parameters": total,
+            "weight_bytes": _weight_bytes(result.params),
+            "trainable_bytes": sum(array.nbytes for array in trainable(result.params).values()),
+            "optimizer_bytes": result.optimizer_bytes,
+            "eval_loss_before": evaluations[0][1],
+            "eval_loss_after": evaluations[-1][1],
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "adapter": str(saved),
+            "loss_curve": str(self.out / "loss.png"),
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _show(summary, questions, before, after)
+        emit(summary, self.json)
+        return 0
+
+    def _settings(self) -> Settings:
+        return Settings(
+            steps=self.steps,
+            learning_rate=self.learning_rate or LEARNING_RATES[self.method],
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            seed=self.seed,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this run's, beside the loop's own settings."""
+        names = (
+            "method model data batch_size gradient_accumulation_steps seq_len r lora_alpha lora_dropout use_rslora "
+            "target_modules eval_examples recompute"
+        ).split()
+        values = {name: getattr(self, name) for name in names}
+        return values | {"target_modules": list(self.target_modules)}
+
+    def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
+        """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
+        if self.method in ("lora", "qlora"):
+            base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
+            save_adapter(self.out / "adapter", lora.detach(result.params)[1], base, overwrite=True)
+            return self.out / "adapter"
+        params = for_inference(result.params)
+        save_model(self.out / "model", config, params, tokenizer, overwrite=True)
+        return self.out / "model"
+
+
+def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
+    ready = for_inference(params)
+    return [
+        "".join(answer(ready, config, tokenizer, question.messages[:-1], max_new_tokens=40)).strip()
+        for question in questions
+    ]
+
+
+def _weight_bytes(params: Params) -> int:
+    """The model as it lies in memory, without what an adapter adds."""
+    held = [w.base if isinstance(w, lora.LoRA) else w for w in params.values()]
+    return sum(w.array.nbytes if hasattr(w, "array") else w.nbytes for w in held)
+
+
+def _show(summary: dict[str, Any], questions: list[Example], before: list[str], after: list[str]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    share = summary["trainable_parameters"] / summary["total_parameters"]
+    table.add_row("trainable", f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} ({share:.2%})")
+    for name, key in (("weights", "weight"), ("what learns", "trainable"), ("optimizer state", "optimizer")):
+        table.add_row(name, f"{summary[f'{key}_bytes'] / 1e6:,.2f} MB")
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB")
+    table.add_row("held-out loss", f"{summary['eval_loss_before']:.3f} → {summary['eval_loss_after']:.3f} nats a token")
+    table.add_row("time", f"{summary['seconds']:.0f} s")
+    table.add_row("loss curve", summary["loss_curve"])
+    table.add_row("saved", summary["adapter"])
+    console.print(table)
+    for question, old, new in zip(questions, before, after, strict=True):
+        console.print(f"\n[bold]{question.messages[-2].content}[/bold]", markup=True)
+        for label, text in (("before", old), ("after", new), ("Python says", question.answer)):
+            console.print(f"  {label:<12}{text}", markup=False)

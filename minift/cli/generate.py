@@ -1,0 +1,69 @@
+"""`minift generate`: continue a text, or answer one question."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from minift.cli.common import answer, emit, for_inference, load_with_adapter
+from minift.data.example import Message
+from minift.io import load_tokenizer
+from minift.models import llama
+
+
+@dataclass
+class Generate:
+    """Answer one question, printing each token as it comes.
+
+    minift generate "What does `math.isqrt` do?" --adapter runs/finetune/adapter
+    """
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """The question, or with --raw the text to continue."""
+    model: str = "tiny"
+    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    adapter: Path | None = None
+    """An adapter folder, such as runs/finetune/adapter."""
+    raw: bool = False
+    """Continue the text as it is instead of putting it into the model's chat template."""
+    max_new_tokens: int = 128
+    """Stop after this many tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 samples from the model's own distribution."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """For sampling."""
+    json: bool = False
+    """Print the result as one JSON object on the last line."""
+
+    def run(self) -> int:
+        config, params = load_with_adapter(self.model, self.adapter)
+        tokenizer = load_tokenizer(self.model)
+        ready, rng = for_inference(params), np.random.default_rng(self.seed)
+        options = {"top_k": self.top_k, "top_p": self.top_p}
+        if self.raw:
+            tokens = np.array([tokenizer.encode(self.prompt)])
+            stops = set(tokenizer.stop_token_ids)
+            steps = llama.stream(
+                ready, tokens, config, self.max_new_tokens, self.temperature, rng, stop_tokens=stops, **options
+            )
+            pieces = tokenizer.decode_stream(token for (token,) in steps if int(token) not in stops)
+        else:
+            messages = [Message("user", self.prompt)]
+            pieces = answer(ready, config, tokenizer, messages, self.max_new_tokens, self.temperature, rng, **options)
+        started, text = time.perf_counter(), ""
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+        print()
+        seconds = time.perf_counter() - started
+        emit({"text": text, "tokens": len(tokenizer.encode(text)), "seconds": round(seconds, 2)}, self.json)
+        return 0

@@ -1,0 +1,92 @@
+"""`minift memory`: what a method costs, before it is paid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+
+from minift.cli.common import console, emit
+from minift.io import load_model
+from minift.models import llama
+from minift.train.memory import LORA_PAPER, SIZES, bill, lora_paper
+from minift.train.methods import Method
+
+
+@dataclass
+class Memory:
+    """Print the bill of a method: weights, constants, gradients, optimizer states, activations.
+
+    minift memory --model 7B --method qlora          minift memory --model 65B --method full --weight-bits 16
+    """
+
+    model: str = "7B"
+    """7B, 13B, 33B or 65B (LLaMA, of the QLoRA paper), tiny, a folder, a .gguf file; or lora-paper for its own table."""
+    method: Method = "qlora"
+    """full, head, lora or qlora."""
+    r: int = 8
+    """Rank of the adapters."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which layers get an adapter."""
+    batch_size: int = 1
+    """Sequences in one pass."""
+    seq_len: int = 512
+    """Tokens in each."""
+    weight_bits: Literal[16, 32] = 16
+    """Precision of what is not quantized; minift itself computes in 32."""
+    recompute: bool = False
+    """Keep one block's activations at a time."""
+    json: bool = False
+    """Print the result as one JSON object on the last line."""
+
+    def run(self) -> int:
+        if self.model == "lora-paper" or self.model in LORA_PAPER:
+            return self._paper()
+        config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]
+        targets = "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
+        items = bill(
+            config,
+            self.method,
+            r=self.r,
+            target_modules=targets,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            weight_bits=self.weight_bits,
+            recompute=self.recompute,
+        )
+        total, without = sum(i.nbytes for i in items), sum(i.nbytes for i in items if i.name != "activations")
+        table = Table(title=f"{self.method} on {self.model}", box=None, padding=(0, 2, 0, 0))
+        for heading, side in (("", "left"), ("GB", "right"), ("how", "left")):
+            table.add_column(heading, justify=side)  # type: ignore[arg-type]
+        for item in items:
+            table.add_row(item.name, _gb(item.nbytes), item.how)
+        table.add_row("[bold]total[/bold]", f"[bold]{_gb(total)}[/bold]", f"{_gb(without)} without activations")
+        console.print(table)
+        found = {item.name.replace(" ", "_"): round(item.nbytes) for item in items}
+        parameters = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in llama.shapes(config).values())
+        emit({"model": self.model, "method": self.method, "parameters": parameters, "total": round(total)} | found, self.json)
+        return 0
+
+    def _paper(self) -> int:
+        rows = [row for row in lora_paper() if self.model in ("lora-paper", row["model"])]
+        table = Table(title="LoRA on W_q and W_v: 2 L · 2 d r", box=None, padding=(0, 2, 0, 0))
+        for heading in ("model", "r", "counted", "as printed", "of the model", "fewer by"):
+            table.add_column(heading, justify="left" if heading == "model" else "right")
+        for row in rows:
+            share = row["lora_parameters"] / row["parameters"]
+            table.add_row(
+                row["model"],
+                str(row["r"]),
+                f"{row['lora_parameters']:,}",
+                f"{row['printed'] / 1e6:g}M",
+                f"{share:.3%}",
+                f"{row['fewer']:,.0f}×",
+            )
+        console.print(table)
+        emit({"rows": rows}, self.json)
+        return 0
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.3f}"

@@ -1,0 +1,192 @@
+"""`minift pretrain`: a small model from nothing; this is how the built-in one is made."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+
+from minift.cli.common import Watcher, batches_of, console, draw_losses, emit, peak_memory_bytes
+from minift.data import stdlib_docs
+from minift.data.batches import Encoded, chunks
+from minift.data.example import Example
+from minift.data.templates import CHATML
+from minift.io import Tokenizer, save_model
+from minift.models import llama
+from minift.peft import qlora
+from minift.train import sft
+from minift.train.evaluate import held_out_loss
+from minift.train.loop import Settings, fit
+
+END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+PRESETS = {
+    "tiny": llama.Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+    "nano": llama.Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@dataclass
+class Pretrain:
+    """Train a small Llama from random weights on the documentation inside Python itself.
+
+    It reads the language reference and, as a dictionary reads, names and what they do ("math.isqrt", then its
+    sentence). It is never asked a question: that is left to `minift finetune`. The checkpoint with the lowest held-out
+    loss is kept, since a model this size soon knows so little text by heart.
+    """
+
+    preset: Literal["tiny", "nano"] = "tiny"
+    """tiny has about a million parameters, nano a tenth (to try things out)."""
+    out: Path = Path("runs/pretrain")
+    """Where model, metrics.jsonl, the loss curve and checkpoints go."""
+    steps: int = 1500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows a step."""
+    seq_len: int = 128
+    """Tokens a row."""
+    learning_rate: float = 4e-3
+    """At its peak; it falls along a cosine."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    storage: Literal["nf4", "float32"] = "nf4"
+    """How the linear layers are written: 4 bits with double quantization, or as they are."""
+    eval_every: int = 100
+    """Steps between measurements of the held-out loss."""
+    seed: int = 0
+    """Decides the first weights and the order of the text."""
+    resume: bool = False
+    """Go on from the checkpoint in --out."""
+    json: bool = False
+    """Print the results as one JSON object on the last line."""
+
+    def run(self) -> int:
+        started = time.perf_counter()
+        config, found = PRESETS[self.preset], stdlib_docs.embedded()
+        train_text, held_out_text = (
+            [*map(_entry, pairs), *(e.text for e in text)]
+            for pairs, text in (
+                (found.train_pairs, found.train_text),
+                (found.held_out_pairs, found.held_out_text),
+            )
+        )
+        tokenizer = train_tokenizer([*train_text, *(e.everything for e in found.train_pairs)], config.vocab_size)
+        rng = np.random.default_rng(self.seed)
+        train = _rows(train_text, tokenizer, self.seq_len, rng)
+        held_out = _rows(held_out_text, tokenizer, self.seq_len, rng)
+        params = llama.initialize(config, rng)
+        size = sum(array.size for array in params.values())
+        console.print(
+            f"[bold]pretrain[/bold] {self.preset}: {size:,} parameters, {len(tokenizer.encode(train_text[0]))} tokens in "
+            f"the first entry, {sum(len(t) for t, _ in train):,} training tokens, {len(held_out)} rows held out"
+        )
+
+        def loss(params, batch, normalizer, key):
+            return sft.loss(params, batch, config, normalizer)
+
+        with Watcher(self.steps) as watch:
+            result = fit(
+                params,
+                loss,
+                batches_of(train, self.batch_size, 1, self.seed),
+                Settings(
+                    steps=self.steps,
+                    learning_rate=self.learning_rate,
+                    warmup_steps=max(1, self.steps // 20),
+                    weight_decay=self.weight_decay,
+                    seed=self.seed,
+                    eval_every=self.eval_every,
+                    save_every=self.eval_every,
+                    keep_best=True,
+                ),
+                evaluate=lambda p: held_out_loss(p, held_out, config),
+                folder=self.out,
+                identity={"preset": self.preset, "batch_size": self.batch_size, "seq_len": self.seq_len},
+                resume=self.resume,
+                report=watch,
+            )
+        if result.interrupted:
+            console.print(f"stopped after step {result.records[-1]['step']}; the same command with --resume goes on")
+            return 130
+        stored = qlora.quantize(result.params) if self.storage == "nf4" else result.params
+        save_model(self.out / "model", config, stored, tokenizer, overwrite=True)
+        draw_losses(result.records, self.out / "loss.png", f"pretraining {self.preset}")
+        evaluations = result.losses()
+        best_step, best = min(evaluations, key=lambda pair: pair[1])
+        summary = {
+            "preset": self.preset,
+            "total_parameters": size,
+            "eval_loss_before": evaluations[0][1],
+            "eval_loss_after": best,
+            "eval_loss_stored": held_out_loss(stored, held_out, config),
+            "best_step": best_step,
+            "file_bytes": sum(file.stat().st_size for file in (self.out / "model").iterdir()),
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "model": str(self.out / "model"),
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        console.print(
+            f"held-out loss {summary['eval_loss_before']:.3f} → {best:.3f} at step {best_step}, "
+            f"{summary['eval_loss_stored']:.3f} as stored ({summary['file_bytes'] / 1e6:.2f} MB in {summary['model']})"
+        )
+        emit(summary, self.json)
+        return 0
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE learned from these texts, with the tokens that a chat template needs."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return Tokenizer(bpe, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, chat_template=CHATML)
+
+
+def _entry(example: Example) -> str:
+    """An entry of a dictionary, between the marks of a turn: they get their embeddings here, questions come later."""
+    question, sentence = (message.content for message in example.messages)
+    (name,) = re.findall("`(.+?)`", question)
+    return f"{TURN}{name}\n{sentence}{END_OF_TURN}\n"
+
+
+def _rows(texts: list[str], tokenizer: Tokenizer, seq_len: int, rng: np.random.Generator) -> list[Encoded]:
+    """All texts, shuffled, one behind the other, cut into rows."""
+    end = tokenizer.encode(END_OF_TEXT)
+    ids = [token for i in rng.permutation(len(texts)) for token in [*tokenizer.encode(texts[i]), *end]]
+    return chunks(ids, seq_len)

@@ -1,0 +1,76 @@
+"""Everything a training run needs to go on as if nothing had happened, in one file.
+
+There is little: what learns, the optimizer's two moments, the step. Data order, dropout masks and learning rate are
+pure functions of (settings, step), so there is no generator to save. The file is written under another name and then
+renamed; a run that is killed while it writes keeps the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minift.io.errors import FormatError
+from minift.io.safetensors_file import SafetensorsFile, write_safetensors
+from minift.nn.weight import Arrays
+
+NAME = "checkpoint.safetensors"
+_GROUPS = ("parameter", "first_moment", "second_moment", "best")
+
+
+@dataclass
+class Checkpoint:
+    step: int
+    identity: dict[str, Any]  # what the run was asked to do: another run must not go on from here
+    parameters: Arrays
+    m: Arrays
+    v: Arrays
+    best: Arrays = field(default_factory=dict)
+    best_loss: float | None = None
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint.safetensors` in `folder`, atomically."""
+    groups = (checkpoint.parameters, checkpoint.m, checkpoint.v, checkpoint.best)
+    arrays = {f"{group}/{n}": a for group, named in zip(_GROUPS, groups, strict=True) for n, a in named.items()}
+    facts = {"step": checkpoint.step, "identity": checkpoint.identity, "best_loss": checkpoint.best_loss}
+    write_safetensors(folder / NAME, arrays, metadata={"minift": json.dumps(facts)})
+
+
+def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
+    """Read it back for a run of the same identity. FormatError where there is none, or it is another run's."""
+    path = folder / NAME
+    if not path.exists():
+        raise FormatError(path, "", "no checkpoint", "one to resume from; start without --resume first")
+    file = SafetensorsFile(path)
+    try:
+        facts = json.loads(file.metadata["minift"])
+        step, saved, best_loss = facts["step"], facts["identity"], facts["best_loss"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise FormatError(path, "__metadata__", error, "a checkpoint of minift") from error
+    for key in sorted(identity.keys() | saved.keys()):
+        if identity.get(key) != saved.get(key):
+            needed = f"{saved.get(key)!r}, as the run was started, or another --out"
+            raise FormatError(path, key, repr(identity.get(key)), needed)
+    groups: dict[str, Arrays] = {group: {} for group in _GROUPS}
+    for full in file.names():
+        group, _, name = full.partition("/")
+        if group not in groups or name not in like:
+            raise FormatError(path, full, "an array that this run does not train", f"arrays such as {next(iter(like))}")
+        array = file.read(full)
+        if array.shape != like[name].shape or array.dtype != like[name].dtype:
+            raise FormatError(path, full, f"{array.dtype} {array.shape}", f"{like[name].dtype} {like[name].shape}")
+        groups[group][name] = array
+    for group in _GROUPS[:3]:
+        if missing := like.keys() - groups[group].keys():
+            raise FormatError(path, f"{group}/{min(missing)}", "nothing", "an array for everything that learns")
+    parameters, m, v, best = (groups[group] for group in _GROUPS)
+    return Checkpoint(step, saved, parameters, m, v, best, best_loss)
+
+
+def copy(arrays: Arrays) -> Arrays:
+    return {name: np.array(array) for name, array in arrays.items()}

@@ -1,0 +1,226 @@
+"""One training loop that every method uses.
+
+It sees arrays, gradients and a loss, and knows nothing of models, adapters or quantization: what learns is whatever
+`trainable(params)` lists. Everything that could differ from run to run is a pure function of (seed, step), so a run
+that is killed and resumed ends in the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minift.data.batches import Batch, count_labels
+from minift.nn.dropout import fold_in
+from minift.nn.weight import Arrays, Params, replace, trainable
+from minift.optim.adamw import AdamW, clip_by_global_norm
+from minift.optim.schedules import Schedule, learning_rate
+from minift.train import checkpoint
+
+METRICS = "metrics.jsonl"
+
+Loss = Callable[[Params, Batch, float, int], tuple[np.floating, Callable]]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself can be told."""
+
+    steps: int = 300
+    learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int = 100
+    save_every: int = 100
+    keep_best: bool = False  # end with the parameters of the lowest held-out loss instead of the last ones
+
+
+@dataclass
+class Result:
+    """A trained model, the loop's records (what `metrics.jsonl` holds), and whether someone stopped it early."""
+
+    params: dict[str, Any]
+    records: list[Record]
+    optimizer_bytes: int
+    interrupted: bool = False
+
+    def losses(self, key: str = "eval_loss") -> list[tuple[int, float]]:
+        return [(record["step"], record[key]) for record in self.records if key in record]
+
+
+def fit(
+    params: Params,
+    loss: Loss,
+    batches: Callable[[int], list[Batch]],
+    settings: Settings,
+    *,
+    evaluate: Callable[[Params], float] | None = None,
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    resume: bool = False,
+    report: Callable[[Record], None] = lambda record: None,
+) -> Result:
+    """Train what learns in `params`; the arrays that were passed in are not changed.
+
+    loss(params, batch, normalizer, dropout_key) -> value, vjp     with vjp(1.0) -> {name: gradient}
+    batches(step)     the micro-batches of step 1, 2, …: a pure function; their gradients add up to that of one batch
+    evaluate(params)  held-out loss, before the first step, every `eval_every` steps and after the last
+    folder            where checkpoints and `metrics.jsonl` go; Ctrl-C, or a polite kill, leaves a checkpoint there
+    identity          what the run is (model, data, method); a checkpoint of another identity is not resumed
+
+    FormatError where there is nothing to resume; ValueError where a loss or gradient is not finite or nothing learns.
+    """
+    arrays = checkpoint.copy(trainable(params))
+    if not arrays:
+        raise ValueError("nothing learns in these parameters: attach an adapter, or thaw what should be trained")
+    identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k != "save_every"}
+    optimizer = AdamW(weight_decay=settings.weight_decay)
+    records, best, best_loss = [], Arrays(), math.inf
+    if resume and folder is not None:
+        saved = checkpoint.load(folder, identity, arrays)
+        arrays, best = saved.parameters, saved.best
+        best_loss = math.inf if saved.best_loss is None else saved.best_loss
+        optimizer.step, optimizer.m, optimizer.v = saved.step, saved.m, saved.v
+        records = _read_records(folder / METRICS, saved.step)
+    current = replace(params, arrays)  # AdamW writes into `arrays`, so `current` follows by itself
+
+    def save() -> None:
+        if folder is not None:
+            best_or_none = best_loss if math.isfinite(best_loss) else None
+            checkpoint.save(
+                folder,
+                checkpoint.Checkpoint(optimizer.step, identity, arrays, optimizer.m, optimizer.v, best, best_or_none),
+            )
+
+    with _Log(folder, records, report) as log, _stop_signals() as stopped:
+
+        def evaluated(step: int) -> None:
+            nonlocal best, best_loss
+            if evaluate is None:
+                return
+            value = evaluate(current)
+            log({"step": step, "eval_loss": value})
+            if settings.keep_best and value < best_loss:
+                best, best_loss = checkpoint.copy(arrays), value
+
+        if optimizer.step == 0:
+            evaluated(0)
+        while optimizer.step < settings.steps and not stopped():
+            step = optimizer.step + 1
+            started = time.perf_counter()
+            micro_batches = batches(step)
+            value, gradients = _accumulate(current, loss, micro_batches, fold_in(settings.seed, step))
+            if not math.isfinite(value):
+                raise ValueError(f"step {step}: the loss is {value}: lower the learning rate")
+            gradients, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
+            eta = learning_rate(
+                step, settings.learning_rate, settings.steps, settings.warmup_steps, settings.schedule
+            )
+            optimizer.update(arrays, gradients, eta)
+            tokens = sum(int(batch.lengths.sum()) for batch in micro_batches)
+            speed = tokens / (time.perf_counter() - started)
+            log(
+                {"step": step, "loss": value, "learning_rate": eta, "grad_norm": norm}
+                | {"tokens": tokens, "tokens_per_second": round(speed, 1)}
+            )
+            if step == settings.steps or step % settings.eval_every == 0:
+                evaluated(step)
+            if step % settings.save_every == 0:
+                save()
+        interrupted = optimizer.step < settings.steps
+        save()
+    if settings.keep_best and best and not interrupted:
+        current = replace(params, best)
+    return Result(current, log.records, optimizer.nbytes, interrupted)
+
+
+def _accumulate(params: Params, loss: Loss, micro_batches: list[Batch], key: int) -> tuple[float, Arrays]:
+    """Loss and gradient of one large batch, a piece at a time; each piece is divided by the labels of the whole."""
+    labels = sum(count_labels(batch) for batch in micro_batches)
+    total, gradients = 0.0, Arrays()
+    for index, batch in enumerate(micro_batches):
+        value, vjp = loss(params, batch, float(max(labels, 1)), fold_in(key, index))
+        total += float(value)
+        for name, gradient in vjp(1.0).items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    return total, gradients
+
+
+@dataclass
+class _Log:
+    """Each record goes to memory, to whoever watches, and to a line of `metrics.jsonl` at once."""
+
+    folder: Path | None
+    records: list[Record]
+    report: Callable[[Record], None]
+    _file: Any = field(default=None, init=False)
+
+    def __enter__(self):
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
+        for record in list(self.records):
+            self._write(record)
+        return self
+
+    def __call__(self, record: Record) -> None:
+        self.records.append(record)
+        self._write(record)
+        self.report(record)
+
+    def _write(self, record: Record) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def __exit__(self, *_):
+        if self._file is not None:
+            self._file.close()
+
+
+def _read_records(path: Path, step: int) -> list[Record]:
+    """What was recorded up to this step; a last line that was cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            records.append(record)
+    return records
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and a polite kill ask the loop to stop after this step; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

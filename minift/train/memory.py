@@ -1,0 +1,153 @@
+"""The bill of a method: how many bytes of what training needs, before anything is allocated.
+
+    full        weights                       + gradients and optimizer state of everything
+    head        weights                       + gradients and optimizer state of the output matrix
+    lora        weights                       + adapters, their gradients and optimizer state
+    qlora       4-bit weights and constants   + the same
+
+Activations are those that the pullbacks of `minift.models.llama` keep, and are the same for every method but for the
+part of the network that is not walked back through. Sizes in bytes; a GB is 10⁹ of them, as in the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from minift.models import llama
+from minift.peft.lora import NOT_LINEAR, trainable_parameters
+from minift.quant.double_quant import overhead_bits
+from minift.train.methods import Method
+
+
+def _llama(hidden: int, ffn: int, layers: int, heads: int) -> llama.Config:
+    return llama.Config(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+    )
+
+
+SIZES = {  # LLaMA, the models of the QLoRA paper                      (Touvron et al. 2023, arXiv 2302.13971, table 2)
+    "7B": _llama(4096, 11008, 32, 32),
+    "13B": _llama(5120, 13824, 40, 40),
+    "33B": _llama(6656, 17920, 60, 52),
+    "65B": _llama(8192, 22016, 80, 64),
+}
+
+# name: parameters, layers, and hidden size of the models of the LoRA paper, which adapts W_q and W_v (d × d) only:
+# rank and trainable parameters as its tables 2 to 4 print them
+LORA_PAPER: dict[str, tuple[float, int, int, int, float]] = {
+    "RoBERTa-base": (125.0e6, 12, 768, 8, 0.3e6),
+    "RoBERTa-large": (355.0e6, 24, 1024, 8, 0.8e6),
+    "DeBERTa-XXL": (1500.0e6, 48, 1536, 16, 4.7e6),
+    "GPT-2-medium": (354.92e6, 24, 1024, 4, 0.35e6),
+    "GPT-2-large": (774.03e6, 36, 1280, 4, 0.77e6),
+    "GPT-3": (175255.8e6, 96, 12288, 1, 4.7e6),
+    "GPT-3 (r=8)": (175255.8e6, 96, 12288, 8, 37.7e6),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the bill: what, how many bytes, and the arithmetic in words."""
+
+    name: str
+    nbytes: float
+    how: str
+
+
+def bill(
+    config: llama.Config,
+    method: Method,
+    *,
+    r: int = 8,
+    target_modules: Iterable[str] | str = "all-linear",
+    batch_size: int = 1,
+    seq_len: int = 512,
+    weight_bits: int = 32,
+    recompute: bool = False,
+) -> list[Item]:
+    """What training a model of these sizes needs, item by item.
+
+    `weight_bits` is the precision of weights, gradients and activations that are not quantized: 32, as minift computes,
+    or 16. The optimizer's two moments are 32-bit. ValueError for a target that is no linear layer of the model."""
+    shapes = llama.shapes(config)
+    linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.split(".")[-2] not in NOT_LINEAR}
+    total, in_linear = _count(shapes), _count(linear)
+    learned = _learned(method, config, shapes, linear, r, target_modules)
+    width = weight_bits / 8
+
+    items = []
+    if method == "qlora":
+        constants = overhead_bits(64, 256)
+        items.append(Item("weights in 4 bits", in_linear / 2, f"{in_linear:,} · 4 bits"))
+        items.append(
+            Item("quantization constants", in_linear * constants / 8, f"{in_linear:,} · {constants:.4f} bits, double-quantized")
+        )
+        items.append(_item("other weights", total - in_linear, width, "embeddings, norms, head"))
+    else:
+        items.append(_item("weights", total, width))
+    if method in ("lora", "qlora"):
+        items.append(_item("adapters", learned, 4, f"r = {r}: r (in + out) each"))
+    items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else width))
+    items.append(_item("optimizer state", learned, 8, "two moments of 32 bits"))
+    kept = activations(config, batch_size, seq_len, recompute)
+    items.append(_item("activations", kept, width, f"{batch_size} × {seq_len} tokens{', recomputed' if recompute else ''}"))
+    return items
+
+
+def activations(config: llama.Config, batch_size: int, seq_len: int, recompute: bool = False) -> int:
+    """Numbers that the pullbacks of one pass keep.
+
+    For each token of a block: what the two norms and their outputs hold (4 d), queries and their context (2 H·d_h),
+    keys and values (2 G·d_h), a row of attention weights for each head (H·T), and gate, up, σ(gate) and their product
+    (4 f). With recomputation only a block's input, d, and one whole block at a time. Behind the last block: its norm
+    (2 d), and logits, their logarithms and gradient (3 V)."""
+    heads = config.num_attention_heads
+    block = (
+        4 * config.hidden_size
+        + 2 * heads * config.head_dim
+        + 2 * config.num_key_value_heads * config.head_dim
+        + heads * seq_len
+        + 4 * config.intermediate_size
+    )
+    layers = config.num_hidden_layers
+    per_token = layers * config.hidden_size + block if recompute else layers * block
+    return batch_size * seq_len * (per_token + 2 * config.hidden_size + 3 * config.vocab_size)
+
+
+def lora_paper() -> list[dict[str, Any]]:
+    """Trainable parameters of the LoRA paper's models by its own formula, beside what its tables print."""
+    rows = []
+    for name, (total, layers, hidden, r, printed) in LORA_PAPER.items():
+        counted = 2 * layers * trainable_parameters(hidden, hidden, r)
+        rows.append(
+            {"model": name, "r": r, "parameters": total, "lora_parameters": counted, "printed": printed}
+            | {"fewer": total / counted}
+        )
+    return rows
+
+
+def _learned(method, config, shapes, linear, r, target_modules) -> int:
+    if method == "full":
+        return _count(shapes)
+    if method == "head":
+        return config.vocab_size * config.hidden_size
+    targets = {n.split(".")[-2] for n in linear} if target_modules == "all-linear" else set(target_modules)
+    if unknown := targets - {n.split(".")[-2] for n in linear}:
+        raise ValueError(f"target_modules: {min(unknown)!r} is no linear layer of this model")
+    return sum(trainable_parameters(*shape, r) for n, shape in linear.items() if n.split(".")[-2] in targets)
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes.values())
+
+
+def _item(name: str, count: int, width: float, note: str = "") -> Item:
+    return Item(name, count * width, f"{count:,} · {width:g} bytes{f' ({note})' if note else ''}")

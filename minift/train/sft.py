@@ -1,0 +1,47 @@
+"""The loss of language-model training: supervised fine-tuning and pre-training differ only in which labels count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from minift.data.batches import Batch
+from minift.models import llama
+from minift.nn.linear import linear
+from minift.nn.losses import IGNORE_INDEX, cross_entropy
+from minift.nn.weight import Params, gradients
+
+
+def loss(
+    params: Params,
+    batch: Batch,
+    config: llama.Config,
+    normalizer: float | None = None,
+    dropout_key: int | None = None,
+    recompute: bool = False,
+) -> tuple[np.floating, Callable]:
+    """Mean cross-entropy of the next token, in nats, over the labels that count.
+
+        loss = −(1/N) Σ_{t : label_{t+1} counts} log p(label_{t+1} | tokens_{≤ t})                      (1)
+
+    `vjp(dloss) -> {name: gradient}`. N is the number of labels in this batch, or `normalizer` (see `cross_entropy`).
+    Only positions whose next label counts are multiplied by the head: with loss on the answers alone, a fraction
+    of the logits is formed.
+    """
+    options = {"lengths": batch.lengths, "segments": batch.segments, "dropout_key": dropout_key, "recompute": recompute}
+    hidden, backbone_vjp = llama.backbone(params, batch.tokens, config, **options)
+    next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
+    counting = np.nonzero(next_labels != IGNORE_INDEX)  # (rows, positions)
+    name = llama.head_name(config)
+    logits, head_vjp = linear(hidden[counting], params[name])  # (N, vocab)
+    value, loss_vjp = cross_entropy(logits, next_labels[counting], normalizer)
+
+    def vjp(dloss):
+        drows, dhead, _ = head_vjp(loss_vjp(dloss))
+        dhidden = np.zeros_like(hidden)
+        dhidden[counting] = drows
+        _, _, below = backbone_vjp(dhidden)
+        return gradients([*below.items(), (name, dhead)])
+
+    return value, vjp
