@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -19,7 +20,7 @@ from minift.data.example import DataError
 from minift.data.templates import TemplateError
 from minift.io import FormatError
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "finetune": Finetune,
     "pretrain": Pretrain,
     "generate": Generate,

@@ -51,11 +51,18 @@ class Chat:
             if not line:
                 continue
             messages.append(Message("user", line))
-            options = {"top_k": self.top_k, "top_p": self.top_p}
             reply = ""
             try:
                 for piece in answer(
-                    ready, config, tokenizer, messages, self.max_new_tokens, self.temperature, rng, **options
+                    ready,
+                    config,
+                    tokenizer,
+                    messages,
+                    self.max_new_tokens,
+                    self.temperature,
+                    rng,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
                 ):
                     reply += piece
                     print(piece, end="", flush=True)

@@ -99,7 +99,7 @@ def load_with_adapter(model: str, adapter: Path | None) -> tuple[llama.Config, d
 
 
 def for_inference(params: Params) -> dict[str, Any]:
-    """Every weight as one dense matrix: decoding reads each of them once a token, so nothing should be computed anew."""
+    """Every weight as one dense matrix: decoding reads each of them once a token, so none should be computed anew."""
     return {name: Frozen(dense(weight)) for name, weight in params.items()}
 
 
@@ -116,9 +116,7 @@ def answer(
     """The model's next turn in a conversation, piece by piece, without the mark that ends it."""
     prompt = encode_prompt(messages, tokenizer)[None]
     stops = {*end_of_turn(tokenizer), *tokenizer.stop_token_ids}
-    steps = llama.stream(
-        params, prompt, config, max_new_tokens, temperature, rng, stop_tokens=stops, **options
-    )
+    steps = llama.stream(params, prompt, config, max_new_tokens, temperature, rng, stop_tokens=stops, **options)
     yield from tokenizer.decode_stream(token for (token,) in steps if int(token) not in stops)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -179,12 +180,10 @@ class Finetune:
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be this run's, beside the loop's own settings."""
-        names = (
-            "method model data batch_size gradient_accumulation_steps seq_len r lora_alpha lora_dropout use_rslora "
-            "target_modules eval_examples recompute"
-        ).split()
-        values = {name: getattr(self, name) for name in names}
-        return values | {"target_modules": list(self.target_modules)}
+        elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere} | {
+            "target_modules": list(self.target_modules)
+        }
 
     def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
         """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
@@ -207,8 +206,7 @@ def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: li
 
 def _weight_bytes(params: Params) -> int:
     """The model as it lies in memory, without what an adapter adds."""
-    held = [w.base if isinstance(w, lora.LoRA) else w for w in params.values()]
-    return sum(w.array.nbytes if hasattr(w, "array") else w.nbytes for w in held)
+    return sum((w.base if isinstance(w, lora.LoRA) else w).nbytes for w in params.values())
 
 
 def _show(summary: dict[str, Any], questions: list[Example], before: list[str], after: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -48,7 +48,7 @@ class Generate:
         config, params = load_with_adapter(self.model, self.adapter)
         tokenizer = load_tokenizer(self.model)
         ready, rng = for_inference(params), np.random.default_rng(self.seed)
-        options = {"top_k": self.top_k, "top_p": self.top_p}
+        options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.raw:
             tokens = np.array([tokenizer.encode(self.prompt)])
             stops = set(tokenizer.stop_token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,6 @@ from rich.table import Table
 
 from minift.cli.common import console, emit
 from minift.io import load_adapter, load_model, load_tokenizer
-from minift.nn.weight import Frozen
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Info:
 
 
 def _size(weight: Any) -> int:
-    return weight.array.size if isinstance(weight, Frozen) else weight.size
+    return math.prod(weight.shape)
 
 
 def _describe(weight: Any) -> str:

@@ -22,7 +22,7 @@ class Memory:
     """
 
     model: str = "7B"
-    """7B, 13B, 33B or 65B (LLaMA, of the QLoRA paper), tiny, a folder, a .gguf file; or lora-paper for its own table."""
+    """7B, 13B, 33B or 65B (LLaMA, of the QLoRA paper), tiny, a folder, a .gguf file; or lora-paper for its table."""
     method: Method = "qlora"
     """full, head, lora or qlora."""
     r: int = 8
@@ -65,7 +65,10 @@ class Memory:
         console.print(table)
         found = {item.name.replace(" ", "_"): round(item.nbytes) for item in items}
         parameters = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in llama.shapes(config).values())
-        emit({"model": self.model, "method": self.method, "parameters": parameters, "total": round(total)} | found, self.json)
+        emit(
+            {"model": self.model, "method": self.method, "parameters": parameters, "total": round(total)} | found,
+            self.json,
+        )
         return 0
 
     def _paper(self) -> int:

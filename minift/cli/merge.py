@@ -40,9 +40,7 @@ class Merge:
         base = qlora.quantize(params) if self.nf4 else params
         merged = lora.merge(lora.insert(base, adapter))
         dense = {name: weight.dense() for name, weight in merged.items()}
-        save_model(
-            self.out, config, dense, load_tokenizer(self.model), dtype=self.dtype, overwrite=self.overwrite
-        )
+        save_model(self.out, config, dense, load_tokenizer(self.model), dtype=self.dtype, overwrite=self.overwrite)
         changed = len(adapter.arrays) // 2
         console.print(f"merged {changed} layers of {adapter!r} into {self.out}")
         emit({"out": str(self.out), "merged_layers": changed, "dtype": self.dtype}, self.json)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -104,8 +104,8 @@ class Pretrain:
         params = llama.initialize(config, rng)
         size = sum(array.size for array in params.values())
         console.print(
-            f"[bold]pretrain[/bold] {self.preset}: {size:,} parameters, {len(tokenizer.encode(train_text[0]))} tokens in "
-            f"the first entry, {sum(len(t) for t, _ in train):,} training tokens, {len(held_out)} rows held out"
+            f"[bold]pretrain[/bold] {self.preset}: {size:,} parameters, {sum(len(t) for t, _ in train):,} training "
+            f"tokens, {sum(len(t) for t, _ in held_out):,} held out"
         )
 
         def loss(params, batch, normalizer, key):
@@ -140,7 +140,7 @@ class Pretrain:
         draw_losses(result.records, self.out / "loss.png", f"pretraining {self.preset}")
         evaluations = result.losses()
         best_step, best = min(evaluations, key=lambda pair: pair[1])
-        summary = {
+        summary: dict[str, Any] = {
             "preset": self.preset,
             "total_parameters": size,
             "eval_loss_before": evaluations[0][1],

@@ -269,14 +269,14 @@ def backbone(
             raise ValueError("a pass that writes into a cache has no pullback: run it again without the cache")
         dx, dnorm = norm_vjp(dhidden)
         contributions = [("model.norm.weight", dnorm)]
-        dprefix = None if prefix is None else np.zeros_like(prefix)
+        dprefixes = []
         for layer in reversed(range(lowest, config.num_hidden_layers)):
             dx, dlayer_prefix, weights = pullbacks[layer](dx)
             contributions += weights
-            if prefix is not None:
-                dprefix[layer] = dlayer_prefix
+            dprefixes.append(dlayer_prefix)
         if from_tokens and lowest == 0:
             contributions.append((EMBEDDING, embedding_vjp(dx)))
+        dprefix = None if prefix is None else np.stack(dprefixes[::-1])
         return None if from_tokens else dx, dprefix, gradients(contributions)
 
     return hidden, vjp
@@ -319,15 +319,15 @@ def stream(
     before = 0 if prefix is None else prefix.shape[3]
     capacity = before + tokens.shape[1] + max_new_tokens
     dtype = dense(params["model.norm.weight"]).dtype
-    cache = KVCache(
-        config.num_hidden_layers, len(tokens), config.num_key_value_heads, capacity, config.head_dim, dtype
-    )
+    cache = KVCache(config.num_hidden_layers, len(tokens), config.num_key_value_heads, capacity, config.head_dim, dtype)
     if prefix is not None:
         cache.put_prefix(prefix)
 
     def next_logits(text, lengths):
         hidden, _ = backbone(params, text, config, lengths=lengths, cache=cache)
-        last = hidden[np.arange(len(text)), lengths - 1]  # (B, d): one row a text reaches the head, not the whole prompt
+        last = hidden[
+            np.arange(len(text)), lengths - 1
+        ]  # (B, d): one row a text reaches the head, not the whole prompt
         return linear(last, params[head_name(config)])[0]
 
     return generation.stream(next_logits, tokens, max_new_tokens, temperature, rng, **options)
@@ -355,7 +355,7 @@ def head_name(config: Config) -> str:
 
 
 def _layout(x, config, segments, prefix, cache) -> _Layout:
-    (batch, tokens), before = x.shape[:2], np.zeros(len(x), np.int64)
+    tokens, before = x.shape[1], np.zeros(len(x), np.int64)
     if prefix is not None:
         before = before + prefix.shape[3]
     if cache is not None:

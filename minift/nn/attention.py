@@ -67,7 +67,7 @@ def attention_2(
 ) -> tuple[Float[np.ndarray, "batch heads tokens d"], Callable]:
     """Each token's mean of the visible values, weighted by how well its query fits their keys.
 
-        y = P v        P = softmax(q kᵀ / √d  where visible, else −∞)          (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)
+        y = P v        P = softmax(q kᵀ / √d  where visible, else −∞)     (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)
 
     `vjp(dy) -> dq, dk, dv`:
 
@@ -140,13 +140,18 @@ class KVCache:
         self.lengths = np.zeros(self.batch, np.int64)
 
     def write(
-        self, layer: int, k: Float[np.ndarray, "batch kv_heads tokens d"], v: Float[np.ndarray, "batch kv_heads tokens d"]
+        self,
+        layer: int,
+        k: Float[np.ndarray, "batch kv_heads tokens d"],
+        v: Float[np.ndarray, "batch kv_heads tokens d"],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Put k and v behind the filled slots; returns views of all slots in use. ValueError when they do not fit."""
         tokens = k.shape[2]
         end = int(self.lengths.max()) + tokens
         if end > self.capacity:
-            raise ValueError(f"the cache has {self.capacity} slots, {end} are needed: make it larger or the text shorter")
+            raise ValueError(
+                f"the cache has {self.capacity} slots, {end} are needed: make it larger or the text shorter"
+            )
         row = np.arange(self.batch)[:, None]
         slot = self.lengths[:, None] + np.arange(tokens)  # (batch, tokens)
         self.keys[layer][row, :, slot] = k.swapaxes(1, 2)

@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from minift.nn.linear import rows
-from minift.nn.weight import Frozen
+from minift.nn.weight import Weight, unwrap
 
 
 def embedding(
-    tokens: Integer[np.ndarray, "*shape"], weight: Float[np.ndarray, "vocab d"] | Frozen
+    tokens: Integer[np.ndarray, "*shape"], weight: Float[np.ndarray, "vocab d"] | Weight
 ) -> tuple[Float[np.ndarray, "*shape d"], Callable]:
     """Row t of the table for token t: the product of one-hot vectors and the table, without forming them.
 
@@ -20,13 +20,13 @@ def embedding(
 
     `vjp(dy) -> dweight`. IndexError for a token outside [0, vocab): NumPy would wrap a negative one around.
     """
-    table = weight.array if isinstance(weight, Frozen) else weight
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < len(table)):
+    table, table_learns = unwrap(weight)
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < len(table)):
         raise IndexError(f"token ids span {tokens.min()}..{tokens.max()}, the vocabulary is 0..{len(table) - 1}")
     y = table[tokens]
 
     def vjp(dy):
-        return None if isinstance(weight, Frozen) else scatter_add_2(tokens.reshape(-1), rows(dy), table.shape)
+        return scatter_add_2(tokens.reshape(-1), rows(dy), table.shape) if table_learns else None
 
     return y, vjp
 

@@ -36,7 +36,7 @@ def cross_entropy(
     vocab = logits.shape[-1]
     counts = labels != IGNORE_INDEX
     target = np.where(counts, labels, 0)
-    if target.size and not (0 <= target.min() and target.max() < vocab):
+    if target.size and not (target.min() >= 0 and target.max() < vocab):
         raise ValueError(f"labels span {target.min()}..{target.max()}, needed 0..{vocab - 1} or {IGNORE_INDEX}")
     n = logits.dtype.type(max(counts.sum(), 1) if normalizer is None else normalizer)
 

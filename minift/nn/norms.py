@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float
 
 from minift.nn.linear import sum_to
-from minift.nn.weight import Frozen
+from minift.nn.weight import Weight, unwrap
 
 
 def rms_norm(
-    x: Float[np.ndarray, "*rows d"], weight: Float[np.ndarray, " d"] | Frozen, eps: float = 1e-6
+    x: Float[np.ndarray, "*rows d"], weight: Float[np.ndarray, " d"] | Weight, eps: float = 1e-6
 ) -> tuple[Float[np.ndarray, "*rows d"], Callable]:
     """Divide each row by its root mean square.                      (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
 
@@ -29,7 +29,7 @@ def rms_norm(
 
     The mean is not subtracted, unlike in `layer_norm`; ε keeps an all-zero row at zero.
     """
-    gain, gain_learns = _unwrap(weight)
+    gain, gain_learns = unwrap(weight)
     inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
     x_hat = x * inv_rms  # (..., d)
     y = x_hat * gain
@@ -45,8 +45,8 @@ def rms_norm(
 
 def layer_norm(
     x: Float[np.ndarray, "*rows d"],
-    weight: Float[np.ndarray, " d"] | Frozen,
-    bias: Float[np.ndarray, " d"] | Frozen,
+    weight: Float[np.ndarray, " d"] | Weight,
+    bias: Float[np.ndarray, " d"] | Weight,
     eps: float = 1e-5,
 ) -> tuple[Float[np.ndarray, "*rows d"], Callable]:
     """Subtract each row's mean, then divide by its standard deviation.     (Ba, Kiros & Hinton 2016, arXiv 1607.06450)
@@ -59,8 +59,8 @@ def layer_norm(
 
     The variance is the biased one, mean((x − mean(x))²), as everywhere in the field.
     """
-    gain, gain_learns = _unwrap(weight)
-    shift, shift_learns = _unwrap(bias)
+    gain, gain_learns = unwrap(weight)
+    shift, shift_learns = unwrap(bias)
     centered = x - np.mean(x, axis=-1, keepdims=True)  # (..., d)
     inv_std = 1 / np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
     x_hat = centered * inv_std
@@ -71,14 +71,8 @@ def layer_norm(
         dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
         dbias = sum_to(dy, shift.shape) if shift_learns else None
         dx = inv_std * (
-            dx_hat
-            - np.mean(dx_hat, axis=-1, keepdims=True)
-            - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True)
+            dx_hat - np.mean(dx_hat, axis=-1, keepdims=True) - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True)
         )
         return dx, dweight, dbias
 
     return y, vjp
-
-
-def _unwrap(weight: np.ndarray | Frozen) -> tuple[np.ndarray, bool]:
-    return (weight.array, False) if isinstance(weight, Frozen) else (weight, True)

@@ -22,8 +22,8 @@ from jaxtyping import Float, Integer
 class RopeScaling:
     """How a model trained on short texts stretches its frequencies to read longer ones.
 
-    `linear` divides all frequencies by `factor` (Chen et al. 2023). `llama3` divides only those whose wavelength is long
-    against the original context and blends in between (Llama 3.1)."""
+    `linear` divides all frequencies by `factor` (Chen et al. 2023). `llama3` divides only those whose wavelength is
+    long against the original context and blends in between (Llama 3.1)."""
 
     rope_type: str
     factor: float

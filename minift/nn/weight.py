@@ -7,7 +7,7 @@ Parameters are a flat `dict[str, Weight]` under Hugging Face's state-dict names.
     NF4Tensor               4 bits a number, does not learn                            (minift.quant.nf4)
     LoRA(base, A, B, ...)   the base does not learn, A and B do                        (minift.peft.lora)
 
-An ndarray multiplies by itself; every other kind brings the four members of `Weight`. So `linear` needs to know
+An ndarray multiplies by itself; every other kind brings the members of `Weight`. So `linear` needs to know
 none of them, and QLoRA is nothing but a LoRA whose base is an NF4Tensor.
 
 Optimizers, clipping and checkpoints want arrays only: `trainable(params)` lists what learns under PEFT's names,
@@ -33,6 +33,10 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), as if it were an array."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory."""
 
     def linear(self, x: np.ndarray, dropout_key: int | None = None) -> tuple[np.ndarray, Callable]:
         """y = x Wᵀ and its pullback `vjp(dy) -> dx, dweight`."""
@@ -60,6 +64,10 @@ class Frozen:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
     def linear(self, x, dropout_key=None):
         y = x @ self.array.T  # (..., out)
 
@@ -84,6 +92,16 @@ class Frozen:
 def dense(weight: np.ndarray | Weight) -> np.ndarray:
     """The matrix that any weight stands for."""
     return weight if isinstance(weight, np.ndarray) else weight.dense()
+
+
+def unwrap(weight: np.ndarray | Weight) -> tuple[np.ndarray, bool]:
+    """The array behind a table or a gain, and whether it learns. TypeError for one that carries an adapter: adapters
+    are for what multiplies."""
+    if isinstance(weight, np.ndarray):
+        return weight, True
+    if weight.arrays():
+        raise TypeError(f"{weight!r} is used as a table or gain, where an adapter has no meaning")
+    return weight.dense(), False
 
 
 def freeze(params: Params) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def adamw_1(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One step, as the paper writes it: θ, m, v -> θ′, m′, v′.       (Loshchilov & Hutter 2019, arXiv 1711.05101, alg. 2)
+    """One step, as the paper writes it: θ, m, v -> θ′, m′, v′.     (Loshchilov & Hutter 2019, arXiv 1711.05101, alg. 2)
 
         m′ = β₁ m + (1 − β₁) g        v′ = β₂ v + (1 − β₂) g²                                           (1)
         m̂ = m′ / (1 − β₁ᵗ)            v̂ = v′ / (1 − β₂ᵗ)                                                (2)
@@ -97,9 +97,7 @@ class AdamW:
             m = self.m.setdefault(name, np.zeros_like(theta))
             v = self.v.setdefault(name, np.zeros_like(theta))
             decay = self.weight_decay if theta.ndim >= 2 else 0.0
-            adamw_2(
-                theta, gradients[name], m, v, self.step, learning_rate, self.beta1, self.beta2, self.eps, decay
-            )
+            adamw_2(theta, gradients[name], m, v, self.step, learning_rate, self.beta1, self.beta2, self.eps, decay)
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +107,7 @@ class AdamW:
 def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, float]:
     """Scale all gradients by one factor so that their common length is at most `max_norm`; returns the length before.
 
-        g′ = g · min(1, max_norm / ‖g‖)        ‖g‖² = Σ over every array of Σ g²      (Pascanu et al. 2013, arXiv 1211.5063)
+        g′ = g · min(1, max_norm / ‖g‖)    ‖g‖² = Σ over every array of Σ g²      (Pascanu et al. 2013, arXiv 1211.5063)
 
     One factor for all keeps the direction. ValueError when the length is not a finite number."""
     norm = math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))

@@ -11,7 +11,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 def learning_rate(
     step: int, peak: float, total_steps: int, warmup_steps: int = 0, schedule: Schedule = "cosine", floor: float = 0.0
 ) -> float:
-    """η of step 1 … total_steps.                                (cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)
+    """η of step 1 … total_steps.                            (cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)
 
         warm-up     η = peak · step / warmup_steps                            step ≤ warmup_steps       (1)
         then        η = floor + (peak − floor) · f(progress)                                            (2)

@@ -1,4 +1,4 @@
-"""LoRA: leave W as it is and learn a difference of low rank.                             (Hu et al. 2021, arXiv 2106.09685)
+"""LoRA: leave W as it is and learn a difference of low rank.                         (Hu et al. 2021, arXiv 2106.09685)
 
     W' = W + s B A        s = α / r        A (r, in), B (out, r), r ≪ min(in, out)                      (1)
 
@@ -7,8 +7,8 @@ B starts at zero, so the first step sees exactly the base model; A starts at ran
 from (at the start ∂L/∂A = 0 and ∂L/∂B ≠ 0; with both at zero nothing would ever move).
 
 Conventions differ between libraries; here they are the paper's and PEFT's. α is `lora_alpha`; rank-stabilized LoRA
-(Kalajdzievski 2023, arXiv 2312.03732) divides it by √r instead of r. A is uniform in ±1/√in, as PEFT and loralib draw it
-(the paper says Gaussian). mlx-lm calls s itself `scale` and stores both matrices transposed.
+(Kalajdzievski 2023, arXiv 2312.03732) divides it by √r instead of r. A is uniform in ±1/√in, as PEFT and loralib draw
+it (the paper says Gaussian). mlx-lm calls s itself `scale` and stores both matrices transposed.
 
 Adapters are values. `attach` puts a fresh one on a model, `detach` takes it off as an `Adapter`, `insert` puts that on
 again, or another one, on the same base: switching copies no weights. `mix` adds several up by concatenating their
@@ -29,7 +29,7 @@ from jaxtyping import Float
 
 from minift.nn.dropout import dropout
 from minift.nn.linear import rows
-from minift.nn.weight import Arrays, Frozen, Params, Weight, dense, freeze
+from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze
 
 A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "score")  # tables and heads: not meant by "all-linear"
@@ -44,7 +44,7 @@ def forward(
     p: float = 0.0,
     dropout_key: int | None = None,
 ) -> tuple[Float[np.ndarray, "*rows d_out"], Callable]:
-    """The base layer plus a detour of rank r.                                  (Hu et al. 2021, arXiv 2106.09685, eq. 3)
+    """The base layer plus a detour of rank r.                                 (Hu et al. 2021, arXiv 2106.09685, eq. 3)
 
         y = x Wᵀ + s h Bᵀ        h = x̃ Aᵀ        x̃ = dropout(x, p), on the detour only                  (2)
 
@@ -80,8 +80,8 @@ class LoRA:
     """A frozen weight and what was learned on top of it. With a quantized base this is QLoRA."""
 
     base: Weight
-    A: Float[np.ndarray, "r d_in"]
-    B: Float[np.ndarray, "d_out r"]
+    A: np.ndarray  # (r, in)
+    B: np.ndarray  # (out, r)
     lora_alpha: float
     use_rslora: bool = False
     lora_dropout: float = 0.0
@@ -94,6 +94,10 @@ class LoRA:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.base.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + self.A.nbytes + self.B.nbytes
 
     @property
     def scaling(self) -> float:
@@ -187,7 +191,9 @@ def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
     if isinstance(target_modules, str):
         chosen = {name for name, path in linear.items() if re.fullmatch(target_modules, path)}
         if not chosen:
-            raise ValueError(f"target_modules={target_modules!r}, a regular expression, matches none of {_leaves(linear)}")
+            raise ValueError(
+                f"target_modules={target_modules!r}, a regular expression, matches none of {_leaves(linear)}"
+            )
     else:
         chosen = set()
         for target in target_modules:
@@ -237,8 +243,8 @@ def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
 
         [c₁s₁B₁ … cₙsₙBₙ] [A₁; …; Aₙ] = Σ_i c_i s_i B_i A_i                                             (4)
 
-    The result has r = Σ r_i and scaling 1. A layer that an adapter leaves alone gets zeros of its rank. (Averaging A and
-    B separately, as PEFT's "linear" combination does, adds cross terms B_i A_j that no adapter has learned.)
+    The result has r = Σ r_i and scaling 1. A layer that an adapter leaves alone gets zeros of its rank. (Averaging A
+    and B separately, as PEFT's "linear" combination does, adds cross terms B_i A_j that no adapter has learned.)
     ValueError for an empty list."""
     parts = list(adapters)
     if not parts:
@@ -263,19 +269,17 @@ def merge(params: Params) -> dict[str, Any]:
     A quantized base is dequantized first, since that is the W which the adapter was trained on: the merged model equals
     the unmerged one. ValueError where there is no adapter, so that nothing is merged twice."""
     loras = _loras(params)
-    return {name: Frozen(w.dense()) if name in loras else w for name, w in params.items()}
+    return {name: Frozen(loras[name].dense()) if name in loras else w for name, w in params.items()}
 
 
 def unmerge(params: Params, adapter: Adapter) -> dict[str, Any]:
     """W = W' − s B A, up to the rounding of the two; to get W back bit for bit, keep it."""
     carried = insert(params, adapter)
-    return {
-        name: Frozen(dense(w.base) - w.delta()) if isinstance(w, LoRA) else w for name, w in carried.items()
-    }
+    return {name: Frozen(w.base.dense() - w.delta()) if isinstance(w, LoRA) else w for name, w in carried.items()}
 
 
 def trainable_parameters(d_out: int, d_in: int, r: int) -> int:
-    """r (in + out): for a square matrix 2·d·r, against d² of the matrix itself.       (Hu et al. 2021, §4.1 and table 4)
+    """r (in + out): for a square matrix 2·d·r, against d² of the matrix itself.      (Hu et al. 2021, §4.1 and table 4)
 
     It saves nothing once r ≥ d_out·d_in / (d_out + d_in), half of d for a square matrix."""
     return r * (d_in + d_out)

@@ -1,4 +1,4 @@
-"""QLoRA: a LoRA whose base is stored in 4 bits.                                (Dettmers et al. 2023, arXiv 2305.14314, eq. 5)
+"""QLoRA: a LoRA whose base is stored in 4 bits.                         (Dettmers et al. 2023, arXiv 2305.14314, eq. 5)
 
     y = x dequantize(W_nf4)ᵀ + s (x Aᵀ) Bᵀ                                                              (1)
 

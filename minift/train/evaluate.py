@@ -13,7 +13,8 @@ from minift.train import sft
 def held_out_loss(params: Params, examples: Sequence[Encoded], config: llama.Config, batch_size: int = 16) -> float:
     """Mean cross-entropy in nats over every label of every example: each token weighs the same.
 
-    Neighbors in length share a batch, so that little is padding; no activations are kept. ValueError for no examples."""
+    Neighbors in length share a batch, so that little is padding; no activations are kept. ValueError for no examples.
+    """
     if not examples:
         raise ValueError("nothing to evaluate on: the held-out set is empty")
     ordered = sorted(examples, key=lambda example: len(example[0]))

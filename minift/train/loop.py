@@ -127,9 +127,7 @@ def fit(
             if not math.isfinite(value):
                 raise ValueError(f"step {step}: the loss is {value}: lower the learning rate")
             gradients, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
-            eta = learning_rate(
-                step, settings.learning_rate, settings.steps, settings.warmup_steps, settings.schedule
-            )
+            eta = learning_rate(step, settings.learning_rate, settings.steps, settings.warmup_steps, settings.schedule)
             optimizer.update(arrays, gradients, eta)
             tokens = sum(int(batch.lengths.sum()) for batch in micro_batches)
             speed = tokens / (time.perf_counter() - started)
@@ -172,7 +170,7 @@ class _Log:
     def __enter__(self):
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self.folder / METRICS, "w", encoding="utf-8")
         for record in list(self.records):
             self._write(record)
         return self

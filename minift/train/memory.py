@@ -11,7 +11,8 @@ part of the network that is not walked back through. Sizes in bytes; a GB is 10�
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def bill(
     `weight_bits` is the precision of weights, gradients and activations that are not quantized: 32, as minift computes,
     or 16. The optimizer's two moments are 32-bit. ValueError for a target that is no linear layer of the model."""
     shapes = llama.shapes(config)
-    linear = {n: s for n, s in shapes.items() if len(s) == 2 and n.split(".")[-2] not in NOT_LINEAR}
+    linear = {n: s for n, s in shapes.items() if len(s) == 2 and _module(n) not in NOT_LINEAR}
     total, in_linear = _count(shapes), _count(linear)
     learned = _learned(method, config, shapes, linear, r, target_modules)
     width = weight_bits / 8
@@ -87,9 +88,8 @@ def bill(
     if method == "qlora":
         constants = overhead_bits(64, 256)
         items.append(Item("weights in 4 bits", in_linear / 2, f"{in_linear:,} · 4 bits"))
-        items.append(
-            Item("quantization constants", in_linear * constants / 8, f"{in_linear:,} · {constants:.4f} bits, double-quantized")
-        )
+        note = f"{in_linear:,} · {constants:.4f} bits, double-quantized"
+        items.append(Item("quantization constants", in_linear * constants / 8, note))
         items.append(_item("other weights", total - in_linear, width, "embeddings, norms, head"))
     else:
         items.append(_item("weights", total, width))
@@ -98,7 +98,8 @@ def bill(
     items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else width))
     items.append(_item("optimizer state", learned, 8, "two moments of 32 bits"))
     kept = activations(config, batch_size, seq_len, recompute)
-    items.append(_item("activations", kept, width, f"{batch_size} × {seq_len} tokens{', recomputed' if recompute else ''}"))
+    how = ", recomputed" if recompute else ""
+    items.append(_item("activations", kept, width, f"{batch_size} × {seq_len} tokens{how}"))
     return items
 
 
@@ -139,14 +140,20 @@ def _learned(method, config, shapes, linear, r, target_modules) -> int:
         return _count(shapes)
     if method == "head":
         return config.vocab_size * config.hidden_size
-    targets = {n.split(".")[-2] for n in linear} if target_modules == "all-linear" else set(target_modules)
-    if unknown := targets - {n.split(".")[-2] for n in linear}:
+    modules = {_module(n) for n in linear}
+    targets = modules if target_modules == "all-linear" else set(target_modules)
+    if unknown := targets - modules:
         raise ValueError(f"target_modules: {min(unknown)!r} is no linear layer of this model")
-    return sum(trainable_parameters(*shape, r) for n, shape in linear.items() if n.split(".")[-2] in targets)
+    return sum(trainable_parameters(d_out, d_in, r) for n, (d_out, d_in) in linear.items() if _module(n) in targets)
 
 
-def _count(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes.values())
+def _module(name: str) -> str:
+    """q_proj of model.layers.0.self_attn.q_proj.weight."""
+    return name.split(".")[-2]
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _item(name: str, count: int, width: float, note: str = "") -> Item:

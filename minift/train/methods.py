@@ -1,9 +1,9 @@
 """What learns in each way of fine-tuning: one line of arithmetic apart, and everything else the same.
 
-    full     everything
-    head     the output matrix alone
-    lora     adapters of rank r on frozen linear layers
-    qlora    the same on linear layers of 4 bits
+full     everything
+head     the output matrix alone
+lora     adapters of rank r on frozen linear layers
+qlora    the same on linear layers of 4 bits
 """
 
 from __future__ import annotations

@@ -29,8 +29,15 @@ def loss(
     Only positions whose next label counts are multiplied by the head: with loss on the answers alone, a fraction
     of the logits is formed.
     """
-    options = {"lengths": batch.lengths, "segments": batch.segments, "dropout_key": dropout_key, "recompute": recompute}
-    hidden, backbone_vjp = llama.backbone(params, batch.tokens, config, **options)
+    hidden, backbone_vjp = llama.backbone(
+        params,
+        batch.tokens,
+        config,
+        lengths=batch.lengths,
+        segments=batch.segments,
+        dropout_key=dropout_key,
+        recompute=recompute,
+    )
     next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
     counting = np.nonzero(next_labels != IGNORE_INDEX)  # (rows, positions)
     name = llama.head_name(config)

@@ -142,7 +142,9 @@ def test_prefix(rng, tokens):
 
 def test_scalar_head_on_the_last_real_token(rng, tokens):
     """A reward model is the trunk and a scalar head; padding has no say."""
-    params = lora.attach(model(rng), ["v_proj"], r=2, lora_alpha=5, rng=rng) | {"score.weight": rng.standard_normal((1, 12))}
+    params = lora.attach(model(rng), ["v_proj"], r=2, lora_alpha=5, rng=rng) | {
+        "score.weight": rng.standard_normal((1, 12))
+    }
     params = away_from_zero(params, rng)
     lengths = np.array([5, 2, 4])
     last = np.arange(3), lengths - 1
@@ -202,7 +204,9 @@ def test_gradient_accumulation_is_the_large_batch(rng, tokens):
     assert np.isclose(sum(part for part, _ in parts), loss, rtol=1e-13)
     for name, g in whole.items():
         np.testing.assert_allclose(sum(part[name] for _, part in parts), g, rtol=1e-10, atol=1e-14, err_msg=name)
-    mean_of_means = np.mean([cross_entropy(llama.forward(params, tokens[[r]], CONFIG)[0], labels[[r]])[0] for r in range(3)])
+    mean_of_means = np.mean(
+        [cross_entropy(llama.forward(params, tokens[[r]], CONFIG)[0], labels[[r]])[0] for r in range(3)]
+    )
     assert abs(mean_of_means - loss) > 0.01  # the famous bug is visible on this batch
 
 

@@ -1,0 +1,465 @@
+"""LoRA: the worked example, the laws, adapters as values, and wrong versions that must be rejected."""
+
+import math
+
+import numpy as np
+import pytest
+import wrong_lora
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minift.conformance import bounds
+from minift.conformance.gradients import check_vjp
+from minift.models import llama
+from minift.nn.dropout import uniform
+from minift.nn.weight import Frozen, freeze, learns, replace, trainable
+from minift.peft import lora
+from minift.peft.lora import LoRA
+from minift.quant import double_quant, nf4
+
+CONFIG = llama.Config(23, 12, 20, 2, 4, 2, 6)
+LAYER = "model.layers.1.self_attn.q_proj."
+
+
+def make(rng, d_out=5, d_in=7, r=3, n=(4,), dtype=np.float64):
+    arrays = (rng.standard_normal(s) for s in ((*n, d_in), (d_out, d_in), (r, d_in), (d_out, r)))
+    return tuple(a.astype(dtype) for a in arrays)
+
+
+@pytest.fixture
+def params(rng):
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in llama.shapes(CONFIG).items()}
+
+
+def trained(params, rng):
+    """An adapter in the middle of training: B is not zero."""
+    return replace(params, {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in trainable(params).items()})
+
+
+# --- properties of `forward`, each taking the implementation ----------------------------------------------------------
+
+
+def worked_example(forward):
+    """By hand: W (4, 3), r = 1, α = 2, B = 0, then one step of gradient descent at 0.5, then the gradient again."""
+    W = np.array([[1.0, 0, 2], [0, 1, 0], [1, 1, 0], [2, 0, 1]])
+    A, B = np.array([[1.0, 0, -1]]), np.zeros((4, 1))
+    x, dy = np.array([[1.0, 2, 0]]), np.array([[1.0, 0, -1, 2]])
+    y, vjp = forward(x, W, A, B, 2.0)
+    dx, dW, dA, dB = vjp(dy)
+    assert y.tolist() == [[1, 2, 3, 2]]
+    assert dW is None
+    assert dA.tolist() == [[0, 0, 0]]
+    assert dB.tolist() == [[2], [0], [-2], [4]]
+    B = B - 0.5 * dB
+    y, vjp = forward(x, W, A, B, 2.0)
+    assert y.tolist() == [[-1, 2, 5, -2]]
+    dx, dW, dA, dB = vjp(dy)
+    assert dA.tolist() == [[-12, -24, 0]]
+    assert dx.tolist() == (dy @ (W + 2 * B @ A)).tolist()
+
+
+def gradients(forward):
+    rng = np.random.default_rng(1)
+    x, W, A, B = make(rng, n=(2, 4))
+    check_vjp(lambda *args: forward(*args, scaling=0.7), x, W, A, B, rng=rng, frozen=[1])
+
+
+def gradients_with_dropout(forward):
+    rng = np.random.default_rng(2)
+    x, W, A, B = make(rng)
+    check_vjp(lambda *args: forward(*args, scaling=1.7, p=0.4, dropout_key=9), x, W, A, B, rng=rng, frozen=[1])
+
+
+def equals_the_hand_built_matrix(forward):
+    rng = np.random.default_rng(3)
+    x, W, A, B = make(rng)
+    np.testing.assert_allclose(forward(x, W, A, B, 1.7)[0], x @ (W + 1.7 * B @ A).T, rtol=1e-13, atol=1e-13)
+
+
+def dropout_on_the_detour_only(forward):
+    rng = np.random.default_rng(4)
+    x, W, A, B = make(rng)
+    keep = uniform(9, np.arange(x.size)).reshape(x.shape) > np.float32(0.4)
+    expected = x @ W.T + 1.7 * ((x * keep / 0.6) @ A.T) @ B.T
+    np.testing.assert_allclose(forward(x, W, A, B, 1.7, 0.4, 9)[0], expected, rtol=1e-13, atol=1e-13)
+    assert np.array_equal(forward(x, W, A, B, 1.7, 0.4, None)[0], forward(x, W, A, B, 1.7)[0])
+
+
+FORWARD_PROPERTIES = (
+    worked_example,
+    gradients,
+    gradients_with_dropout,
+    equals_the_hand_built_matrix,
+    dropout_on_the_detour_only,
+)
+
+
+@pytest.mark.parametrize("holds", FORWARD_PROPERTIES)
+def test_forward(holds):
+    holds(lora.forward)
+
+
+def rejected(holds, implementation):
+    try:
+        holds(implementation)
+    except (AssertionError, ValueError, TypeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("wrong", wrong_lora.FORWARD)
+def test_wrong_forward_is_rejected(wrong):
+    assert any(rejected(holds, wrong) for holds in FORWARD_PROPERTIES)
+
+
+@pytest.mark.parametrize("holds", FORWARD_PROPERTIES)
+def test_every_property_rejects_something(holds):
+    assert any(rejected(holds, wrong) for wrong in wrong_lora.FORWARD)
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_no_bit_and_only_b_has_a_gradient(params, rng):
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 6))
+    attached = lora.attach(params, r=3, lora_alpha=7, rng=rng)
+    y, _ = llama.forward(params, tokens, CONFIG)
+    y_attached, vjp = llama.forward(attached, tokens, CONFIG)
+    assert np.array_equal(y, y_attached)
+    for name, gradient in vjp(rng.standard_normal(y.shape).astype(np.float32)).items():
+        assert gradient.any() == name.endswith("lora_B.weight"), name
+
+
+@given(k=st.integers(1, 300), r=st.integers(1, 20), seed=st.integers(0, 99), scale=st.floats(-8, 8))
+def test_forward_in_float32_is_within_the_bound(k, r, seed, scale):
+    x, W, A, B = make(np.random.default_rng(seed), d_in=k, r=r, dtype=np.float32)
+    exact = x.astype(float) @ W.T.astype(float) + scale * (x.astype(float) @ A.T.astype(float)) @ B.T.astype(float)
+    allowed = bounds.lora(x.astype(float), W, A, B, scale, np.float32)
+    assert (np.abs(lora.forward(x, W, A, B, scale)[0] - exact) <= allowed).all()
+
+
+def test_integers_are_exact(rng):
+    """Sums of small whole numbers are exact in float32, so every bit must agree with integer arithmetic."""
+    x, W, A, B = (rng.integers(-4, 5, s) for s in ((3, 50), (9, 50), (4, 50), (9, 4)))
+    y, _ = lora.forward(*(a.astype(np.float32) for a in (x, W, A, B)), scaling=0.5)
+    assert np.array_equal(2 * y, 2 * (x @ W.T) + (x @ A.T) @ B.T)
+
+
+def test_rank_gauge_and_linearity(rng):
+    x, W, A, B = make(rng)
+    weight = LoRA(Frozen(W), A, B, lora_alpha=5)
+    assert np.linalg.matrix_rank(weight.delta()) == 3
+    G = rng.standard_normal((3, 3))
+    same = LoRA(Frozen(W), np.linalg.solve(G, A), B @ G, lora_alpha=5)  # (BG)(G⁻¹A) = BA
+    np.testing.assert_allclose(weight.linear(x)[0], same.linear(x)[0], rtol=1e-9, atol=1e-9)
+    doubled = LoRA(Frozen(W), A, B, lora_alpha=10)
+    np.testing.assert_allclose(
+        doubled.linear(x)[0] - x @ W.T, 2 * (weight.linear(x)[0] - x @ W.T), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 7 / 4), (True, 7 / 2)])
+def test_scaling(rng, rslora, expected):
+    _, W, A, B = make(rng, r=4)
+    weight = LoRA(Frozen(W), A, B, lora_alpha=7, use_rslora=rslora)
+    assert weight.scaling == lora.scaling(7, 4, rslora) == expected
+    np.testing.assert_allclose(weight.delta(), expected * B @ A, rtol=1e-13)
+    np.testing.assert_allclose(weight.dense(), W + expected * B @ A, rtol=1e-13)
+
+
+# --- attach and targets -----------------------------------------------------------------------------------------------
+
+
+def paths(params, target_modules):
+    return {n.removeprefix("model.layers.").removesuffix(".weight") for n in lora.targets(params, target_modules)}
+
+
+def test_targets(params):
+    both = ("self_attn.q_proj", "mlp.up_proj")
+    assert paths(params, ["q_proj", "mlp.up_proj"]) == {f"{i}.{m}" for i in (0, 1) for m in both}
+    assert paths(params, ["model.layers.1.self_attn.v_proj"]) == {"1.self_attn.v_proj"}
+    assert paths(params, r".*\.1\..*(q|k)_proj") == {"1.self_attn.q_proj", "1.self_attn.k_proj"}
+    everything = lora.targets(params, "all-linear")
+    assert len(everything) == 2 * 7
+    assert everything == [n for n in params if n in everything]
+    assert not any("embed" in n or "lm_head" in n or "norm" in n for n in everything)
+    assert lora.targets(params, ["lm_head"]) == ["lm_head.weight"]  # who names the head, means it
+
+
+@pytest.mark.parametrize("target", ["proj", "q_pro", "input_layernorm", "self_attn", "nothing"])
+def test_a_target_that_matches_no_layer_is_refused(params, target, rng):
+    with pytest.raises(ValueError, match=rf"'{target}' matches no linear layer.*q_proj"):
+        lora.attach(params, ["q_proj", target], rng=rng)
+
+
+def test_a_regular_expression_that_matches_nothing_is_refused(params):
+    with pytest.raises(ValueError, match="matches none of"):
+        lora.targets(params, "q_proj")  # must match the whole path
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_a_rank_below_one_is_refused(params, rng, r):
+    with pytest.raises(ValueError, match=f"r is {r}"):
+        lora.attach(params, r=r, rng=rng)
+
+
+def test_attach_freezes_everything_else(params, rng):
+    attached = lora.attach(params, ["q_proj"], r=3, lora_alpha=7, lora_dropout=0.2, use_rslora=True, rng=rng)
+    assert list(attached) == list(params)
+    for name, weight in attached.items():
+        if "q_proj" in name:
+            assert isinstance(weight, LoRA)
+            assert (weight.lora_alpha, weight.lora_dropout, weight.use_rslora) == (7, 0.2, True)
+            assert weight.base.array is params[name]  # nothing is copied
+        else:
+            assert not learns(weight)
+            assert weight.array is params[name]
+    assert set(trainable(attached)) == {
+        f"model.layers.{i}.self_attn.q_proj.lora_{m}.weight" for i in (0, 1) for m in "AB"
+    }
+
+
+def test_a_is_uniform_in_one_over_root_in_and_depends_on_the_generator(params, rng):
+    big = {"model.layers.0.mlp.up_proj.weight": np.zeros((3, 10_000), np.float32)}
+    (weight,) = lora.attach(big, r=8, rng=rng).values()
+    bound = 1 / math.sqrt(10_000)
+    assert weight.A.dtype == weight.B.dtype == np.float32
+    assert np.abs(weight.A).max() <= bound
+    assert not weight.B.any()
+    # 80,000 uniform numbers: mean 0 ± 6 σ/√n with σ = bound/√3; extremes within a thousandth of the ends
+    assert abs(weight.A.mean()) < 6 * bound / math.sqrt(3 * 80_000)
+    assert weight.A.max() > 0.999 * bound
+    assert weight.A.min() < -0.999 * bound
+    again = lora.attach(big, r=8, rng=np.random.default_rng(5))
+    once_more = lora.attach(big, r=8, rng=np.random.default_rng(5))
+    assert all(np.array_equal(again[n].A, once_more[n].A) for n in big)
+    assert not any(np.array_equal(again[n].A, lora.attach(big, r=8, rng=np.random.default_rng(6))[n].A) for n in big)
+
+
+def test_attaching_twice_is_refused(params, rng):
+    attached = lora.attach(params, ["q_proj"], rng=rng)
+    with pytest.raises(ValueError, match=r"q_proj.*which learns: merge or detach"):
+        lora.attach(attached, ["v_proj"], rng=rng)
+
+
+def test_factors_that_do_not_fit_are_refused(rng):
+    _, W, A, B = make(rng)
+    for wrong_a, wrong_b in ((A[:2], B), (A[:, :-1], B), (A, B[:-1])):
+        with pytest.raises(ValueError, match=r"do not fit a weight of shape \(5, 7\)"):
+            LoRA(Frozen(W), wrong_a, wrong_b, 1)
+
+
+# --- adapters as values -----------------------------------------------------------------------------------------------
+
+
+def test_detach_and_insert(params, rng):
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 6))
+    carried = trained(lora.attach(params, ["q_proj", "down_proj"], r=3, lora_alpha=7, lora_dropout=0.1, rng=rng), rng)
+    base, adapter = lora.detach(carried)
+    assert all(isinstance(w, Frozen) and w.array is params[n] for n, w in base.items())
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora) == (3, 7, 0.1, False)
+    assert adapter.target_modules == ("down_proj", "q_proj")
+    assert set(adapter.arrays) == set(trainable(carried))
+    with_adapter, _ = llama.forward(carried, tokens, CONFIG)
+    without, _ = llama.forward(base, tokens, CONFIG)
+    assert np.array_equal(without, llama.forward(params, tokens, CONFIG)[0])
+    assert not np.array_equal(without, with_adapter)
+    back = lora.insert(base, adapter)
+    assert np.array_equal(llama.forward(back, tokens, CONFIG)[0], with_adapter)
+    assert np.array_equal(llama.forward(lora.insert(params, adapter), tokens, CONFIG)[0], with_adapter)
+
+
+def test_switching_between_named_adapters_copies_no_weights(params, rng):
+    tokens = rng.integers(0, CONFIG.vocab_size, (1, 5))
+    adapters, outputs = {}, {}
+    for name, modules in (("poems", ["q_proj"]), ("code", ["v_proj", "up_proj"])):
+        carried = trained(lora.attach(params, modules, r=2, lora_alpha=5, rng=rng), rng)
+        outputs[name] = llama.forward(carried, tokens, CONFIG)[0]
+        adapters[name] = lora.detach(carried)[1]
+    current = freeze(params)
+    for name in ("poems", "code", "poems"):
+        current = lora.insert(current, adapters[name])
+        assert np.array_equal(llama.forward(current, tokens, CONFIG)[0], outputs[name])
+        assert all((w.base if isinstance(w, LoRA) else w).array is params[n] for n, w in current.items())
+
+
+def test_whole_paths_are_kept_where_names_would_mean_more(params, rng):
+    carried = lora.attach(params, ["model.layers.1.self_attn.q_proj"], r=2, rng=rng)
+    adapter = lora.detach(carried)[1]
+    assert adapter.target_modules == ("model.layers.1.self_attn.q_proj",)
+
+
+def test_insert_refuses_what_does_not_belong(params, rng):
+    adapter = lora.detach(lora.attach(params, ["q_proj"], r=2, rng=rng))[1]
+    other = {n.replace("layers.1", "layers.7"): a for n, a in adapter.arrays.items()}
+    with pytest.raises(KeyError, match=r"the model has no model\.layers\.7"):
+        lora.insert(params, lora.Adapter(other, 2, 16, ("q_proj",)))
+    half = {n: a for n, a in adapter.arrays.items() if n != LAYER + "lora_B.weight"}
+    with pytest.raises(KeyError, match=r"layers\.1\.self_attn\.q_proj\.lora_B\.weight is missing"):
+        lora.insert(params, lora.Adapter(half, 2, 16, ("q_proj",)))
+    other_half = {n: a for n, a in adapter.arrays.items() if n != LAYER + "lora_A.weight"}
+    with pytest.raises(KeyError, match="is not the A or B of a layer"):
+        lora.insert(params, lora.Adapter(other_half, 2, 16, ("q_proj",)))
+    wide = {n: np.concatenate([a, a], axis=1) for n, a in adapter.arrays.items()}
+    with pytest.raises(ValueError, match="do not fit"):
+        lora.insert(params, lora.Adapter(wide, 2, 16, ("q_proj",)))
+
+
+def test_detach_refuses_no_adapter_and_a_mixture_of_settings(params, rng):
+    with pytest.raises(ValueError, match="carry no adapter"):
+        lora.detach(params)
+    one = lora.attach(params, ["q_proj"], r=2, rng=rng)
+    other = lora.attach(params, ["v_proj"], r=3, rng=rng)
+    mixed = one | {n: w for n, w in other.items() if isinstance(w, LoRA)}
+    with pytest.raises(ValueError, match="layers differ in"):
+        lora.detach(mixed)
+
+
+def mixture(mix):
+    """Against the sum of hand-built differences; ranks, scales, weights and targets differ."""
+    rng = np.random.default_rng(7)
+    params = {n: rng.standard_normal(s).astype(np.float32) for n, s in llama.shapes(CONFIG).items()}
+    parts, expected, magnitude = [], {}, {}
+    for r, alpha, rslora, weight in ((2, 5, False, 0.3), (2, 3, False, -1.2)):
+        carried = trained(lora.attach(params, ["q_proj"], r=r, lora_alpha=alpha, use_rslora=rslora, rng=rng), rng)
+        parts.append((lora.detach(carried)[1], weight))
+        for n, w in carried.items():
+            if isinstance(w, LoRA):
+                exact, size = product(w, weight * lora.scaling(alpha, r, rslora))
+                expected[n] = expected.get(n, 0) + exact
+                magnitude[n] = magnitude.get(n, 0) + size
+    inserted = lora.insert(params, mix(parts))
+    for n, delta in expected.items():
+        # a sum of r₁ + r₂ = 4 products, each scaled once when mixed and once in `delta`
+        assert (np.abs(inserted[n].delta() - delta) <= bounds.gamma(4 + 2, np.float32) * magnitude[n]).all()
+
+
+def product(weight, scale):
+    """s B A in float64, and |s| |B| |A|, in which its rounding errors are measured."""
+    A, B = weight.A.astype(float), weight.B.astype(float)
+    return scale * B @ A, abs(scale) * np.abs(B) @ np.abs(A)
+
+
+def test_mix():
+    mixture(lora.mix)
+
+
+@pytest.mark.parametrize("wrong", wrong_lora.MIX)
+def test_wrong_mix_is_rejected(wrong):
+    with pytest.raises(AssertionError):
+        mixture(wrong)
+
+
+def test_mix_of_adapters_on_different_layers_and_with_rslora(params, rng):
+    one = trained(lora.attach(params, ["q_proj"], r=2, lora_alpha=5, rng=rng), rng)
+    other = trained(lora.attach(params, ["q_proj", "up_proj"], r=4, lora_alpha=3, use_rslora=True, rng=rng), rng)
+    adapters = [lora.detach(w)[1] for w in (one, other)]
+    mixed = lora.mix([(adapters[0], 0.5), (adapters[1], 2.0)])
+    assert mixed.r == 6
+    assert mixed.lora_alpha / mixed.r == 1
+    assert not mixed.use_rslora
+    assert mixed.target_modules == ("q_proj", "up_proj")
+    inserted = lora.insert(params, mixed)
+    for n, w in inserted.items():
+        if isinstance(w, LoRA):
+            exact, size = product(other[n], 2.0 * 3 / 2)  # α / √r
+            first = product(one[n], 0.5 * 5 / 2) if isinstance(one[n], LoRA) else (0, 0)
+            allowed = bounds.gamma(6 + 2, np.float32) * (size + first[1])
+            assert (np.abs(w.delta() - (exact + first[0])) <= allowed).all()
+    alone = lora.insert(params, lora.mix([(adapters[1], 1.0)]))  # one adapter at weight one is itself
+    for n, w in alone.items():
+        if isinstance(w, LoRA):
+            exact, size = product(other[n], 3 / 2)
+            assert (np.abs(w.delta() - exact) <= bounds.gamma(4 + 2, np.float32) * size).all()
+    with pytest.raises(ValueError, match="nothing to mix"):
+        lora.mix([])
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_is_the_hand_built_matrix(params, rng):
+    carried = trained(lora.attach(params, ["q_proj", "down_proj"], r=3, lora_alpha=7, rng=rng), rng)
+    merged = lora.merge(carried)
+    assert not any(learns(w) for w in merged.values())
+    for name, weight in carried.items():
+        if not isinstance(weight, LoRA):
+            assert merged[name] is weight
+            continue
+        exact = params[name].astype(float) + 7 / 3 * weight.B.astype(float) @ weight.A.astype(float)
+        allowed = bounds.lora_merge(params[name], weight.A, weight.B, 7 / 3, np.float32)
+        assert (np.abs(merged[name].array - exact) <= allowed).all()
+        assert not np.array_equal(merged[name].array, params[name])
+    with pytest.raises(ValueError, match="carry no adapter"):
+        lora.merge(merged)  # never twice
+
+
+def test_merged_equals_unmerged_and_base_bytes_are_untouched(params, rng):
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 6))
+    before = {n: w.tobytes() for n, w in params.items()}
+    doubled = {n: w.astype(np.float64) for n, w in params.items()}
+    carried = lora.attach(doubled, r=3, lora_alpha=7, rng=rng)
+    carried = replace(carried, {n: rng.standard_normal(a.shape) for n, a in trainable(carried).items()})
+    y, _ = llama.forward(carried, tokens, CONFIG)
+    np.testing.assert_allclose(llama.forward(lora.merge(carried), tokens, CONFIG)[0], y, rtol=1e-9, atol=1e-9)
+    assert {n: w.tobytes() for n, w in params.items()} == before
+
+
+def test_unmerge_returns_within_rounding(params, rng):
+    carried = trained(lora.attach(params, ["q_proj"], r=3, lora_alpha=7, rng=rng), rng)
+    _, adapter = lora.detach(carried)
+    merged = lora.merge(carried)
+    back = lora.unmerge(merged, adapter)
+    u = bounds.unit_roundoff(np.float32)
+    for name, weight in carried.items():
+        if isinstance(weight, LoRA):
+            error = np.abs(back[name].array - params[name])
+            assert (error <= u * (np.abs(merged[name].array) + np.abs(params[name])) * (1 + 1e-6)).all()
+            assert not np.array_equal(back[name].array, merged[name].array)
+        else:
+            assert back[name].array is params[name]
+
+
+# --- over 4 bits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_over_nf4_it_is_the_lora_on_the_dequantized_weight(rng, nested):
+    x, W, A, B = make(rng, d_out=33, d_in=65, n=(3, 2), dtype=np.float32)
+    q = nf4.quantize(W)
+    q = double_quant.compress(q) if nested else q
+    before = q.codes.tobytes()
+    y, vjp = lora.forward(x, q, A, B, 1.5)
+    y_dense, vjp_dense = lora.forward(x, nf4.dequantize(q), A, B, 1.5)
+    assert np.array_equal(y, y_dense)
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    for found, expected in zip(vjp(dy), vjp_dense(dy), strict=True):
+        assert found is expected is None or np.array_equal(found, expected)
+    assert q.codes.tobytes() == before
+
+
+def test_merging_over_nf4_merges_into_what_was_trained_on(rng):
+    _, W, A, B = make(rng, d_out=33, d_in=65, dtype=np.float32)
+    q = double_quant.compress(nf4.quantize(W))
+    merged = lora.merge({"q_proj.weight": LoRA(q, A, B, 6)})["q_proj.weight"].array
+    exact = nf4.dequantize(q).astype(float) + 2 * B.astype(float) @ A.astype(float)
+    assert (np.abs(merged - exact) <= bounds.lora_merge(nf4.dequantize(q), A, B, 2.0, np.float32)).all()
+    assert np.abs(merged - (W + 2 * B @ A)).max() > 0.01  # not into the weights before quantization
+
+
+# --- arithmetic and looks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [16, 128])
+def test_trainable_parameters_break_even_at_half_the_width(d):
+    assert lora.trainable_parameters(d, d, 4) == 2 * d * 4
+    assert lora.trainable_parameters(d, d, d // 2) == d * d
+    assert lora.trainable_parameters(3 * d, d, 2) == 2 * (3 * d + d)
+
+
+def test_reprs_say_what_one_wants_to_know(params, rng):
+    carried = lora.attach(params, ["q_proj"], r=3, lora_alpha=7, rng=rng)
+    assert repr(carried[LAYER + "weight"]) == (
+        "LoRA(r=3, lora_alpha=7, 108 numbers on Frozen(float32 (24, 12), 1,152 bytes))"
+    )
+    assert repr(lora.detach(carried)[1]) == "Adapter(r=3, lora_alpha=7, q_proj: 216 numbers, 864 bytes)"
