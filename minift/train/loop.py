@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from minift.data.batches import Batch, count_labels
+from minift.io.atomic import atomic_write
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Arrays, Params, replace, trainable
 from minift.optim.adamw import AdamW, clip_by_global_norm
@@ -170,24 +171,25 @@ class _Log:
     def __enter__(self):
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / METRICS, "w", encoding="utf-8")
-        for record in list(self.records):
-            self._write(record)
+            before = "".join(map(_line, self.records))
+            atomic_write(self.folder / METRICS, before.encode())  # without what lies behind the checkpoint
+            self._file = open(self.folder / METRICS, "a", encoding="utf-8")
         return self
 
     def __call__(self, record: Record) -> None:
         self.records.append(record)
-        self._write(record)
-        self.report(record)
-
-    def _write(self, record: Record) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
+        self.report(record)
 
     def __exit__(self, *_):
         if self._file is not None:
             self._file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _read_records(path: Path, step: int) -> list[Record]:

@@ -1,0 +1,35 @@
+# Each target makes the environment that it needs. Two cores, no GPU.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.PHONY: finetune test test-all lint mutation clean
+
+finetune: .venv/minift  ## the built-in model learns to answer questions, in about a minute
+	$(BIN)/minift finetune
+
+test: lint  ## everything that CI runs
+	$(PYTEST) -m "not slow"
+
+test-all: lint  ## also what takes minutes: the real model, random kills
+	$(PYTEST)
+
+lint: .venv/minift-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+mutation: .venv/minift-test  ## does each changed line of minift/quant and minift/peft fail a test? about an hour
+	$(BIN)/python -m tests.mutation
+
+.venv/minift: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/minift-test: .venv/minift
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,54 @@
+"""Other people's file formats, and atomic writing. The numbers know nothing of this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minift.io import gguf as _gguf
+from minift.io import huggingface as _huggingface
+from minift.io.atomic import atomic_folder, atomic_write
+from minift.io.errors import FormatError
+from minift.io.huggingface import save_model
+from minift.io.peft_adapter import load_adapter, save_adapter
+from minift.io.tokenizer import Tokenizer
+from minift.models.llama import Config
+
+__all__ = [
+    "FormatError",
+    "Tokenizer",
+    "atomic_folder",
+    "atomic_write",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "save_adapter",
+    "save_model",
+]
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+def load_model(source: Path | str, keep_quantized: bool = False) -> tuple[Config, dict[str, Any]]:
+    """(config, params) of a Llama model: a Hugging Face folder, a .gguf file, or "tiny", the built-in model.
+
+    Parameters are float32 arrays; with `keep_quantized`, a folder's 4-bit weights stay NF4Tensors, which do not learn.
+    Raises FormatError."""
+    path = _find(source)
+    return _gguf.load_model(path) if path.is_file() else _huggingface.load_model(path, keep_quantized)
+
+
+def load_tokenizer(source: Path | str) -> Tokenizer:
+    """The tokenizer of a model that `load_model` reads, from the same place. Raises FormatError."""
+    path = _find(source)
+    return _gguf.load_tokenizer(path) if path.is_file() else Tokenizer.load(path)
+
+
+def _find(source: Path | str) -> Path:
+    path = TINY if source == "tiny" else Path(source)
+    if not path.exists():
+        needed = "the built-in model, which this installation lacks" if source == "tiny" else "a folder or a .gguf file"
+        raise FormatError(path, "", "nothing there", f"{needed}, or 'tiny'" if source != "tiny" else needed)
+    if path.is_file() and path.suffix != ".gguf":
+        raise FormatError(path, "", f"a file of type {path.suffix or 'unknown'!r}", "a folder or a .gguf file")
+    return path

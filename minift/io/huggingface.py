@@ -1,0 +1,246 @@
+"""Llama checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards.
+
+Reading is strict: every parameter of the model must be there, in its shape, and nothing else. transformers fills what
+is missing with random numbers and a warning; a model that is half random looks like a model that learns badly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minift.io import bitsandbytes4
+from minift.io.atomic import atomic_folder, atomic_write
+from minift.io.errors import FormatError
+from minift.io.json_file import Fields, json_bytes, read_json
+from minift.io.llama_config import format_config, parse_config
+from minift.io.safetensors_file import SafetensorsFile, require_finite, to_bfloat16, write_safetensors
+from minift.io.tokenizer import Tokenizer
+from minift.models import llama
+from minift.models.llama import Config
+from minift.nn.weight import Frozen, Params
+from minift.quant.nf4 import NF4Tensor
+
+FLOATS = ("F32", "F16", "BF16")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Places = dict[str, tuple[SafetensorsFile, str]]  # our name → the file, and the name in it
+
+
+def load_model(folder: Path | str, keep_quantized: bool = False) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the parameters, float32 arrays under Hugging Face's names, of a Llama checkpoint.
+
+    bfloat16, float16 and bitsandbytes' NF4 are decoded, one tensor at a time; with `keep_quantized` a 4-bit weight
+    stays an NF4Tensor, which does not learn. Raises FormatError for whatever is missing, surplus, misshapen or NaN.
+    """
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    config = parse_config(values, folder / "config.json")
+    _refuse_other_quantization(folder / "config.json", values)
+    places = _places(folder)
+    expected = llama.shapes(config)
+    quantized = {base for name in places if (base := bitsandbytes4.base_name(name)) is not None}
+    if config.tie_word_embeddings and llama.HEAD in places:
+        _require_equal(places, llama.HEAD, llama.EMBEDDING)
+        del places[llama.HEAD]
+    for name, (file, _) in places.items():
+        if name not in expected and bitsandbytes4.base_name(name) not in expected:
+            raise FormatError(file.path, name, "a tensor that this model does not have", "only its own parameters")
+    if missing := [name for name in expected if name not in places]:
+        raise FormatError(folder, missing[0], f"nothing ({len(missing)} parameters are missing)", "every parameter")
+    read = {
+        name: _read_quantized(places, name, keep_quantized) if name in quantized else _read(places, name)
+        for name in expected
+    }
+    for name, shape in expected.items():
+        if tuple(read[name].shape) != shape:
+            raise FormatError(places[name][0].path, name, f"shape {tuple(read[name].shape)}", f"shape {shape}")
+    return config, read
+
+
+def save_model(
+    folder: Path | str,
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that `load_model` and transformers read: config, weights, generation settings, tokenizer.
+
+    `dtype` is "float32", "bfloat16" (rounded to nearest, ties to even) or "float16"; NF4 weights are written as
+    bitsandbytes does. The folder appears whole or not at all. Raises FormatError for parameters that are not those of
+    `config`, or carry an adapter, and for a folder that is not empty, unless `overwrite`.
+    """
+    folder = Path(folder)
+    if dtype not in bitsandbytes4.DTYPES:
+        raise FormatError(folder, "dtype", repr(dtype), " or ".join(map(repr, bitsandbytes4.DTYPES)))
+    _check(folder, config, params)
+    tensors: dict[str, np.ndarray] = {}
+    rounded = set()
+    for name, weight in params.items():
+        if isinstance(weight, NF4Tensor):
+            tensors |= bitsandbytes4.pack_tensor(name, weight)
+            continue
+        array = _thawed(weight)
+        require_finite(folder, name, array)
+        if dtype == "bfloat16":
+            tensors[name] = to_bfloat16(array)
+            rounded.add(name)
+        else:
+            with np.errstate(over="ignore"):  # found by the next line
+                tensors[name] = array.astype(dtype, copy=False)
+            require_finite(f"{folder} as {dtype}", name, tensors[name])
+
+    ids = _token_ids(tokenizer)
+    values = format_config(config, dtype, ids) | _quantization_config(params)
+    with atomic_folder(folder, overwrite) as new:
+        atomic_write(new / "config.json", json_bytes(values))
+        atomic_write(new / "generation_config.json", json_bytes({"_from_model_config": True, **ids}))
+        write_safetensors(new / SINGLE, tensors, bfloat16=rounded)
+        if tokenizer is not None:
+            tokenizer.save(new)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _places(folder: Path) -> Places:
+    """Where every tensor is, under names with the prefix "model." that files of the bare network leave out."""
+    places: Places = {}
+    for file in _files(folder):
+        for raw in file.names():
+            if raw.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry along
+                continue
+            name = raw if raw.startswith(("model.", "lm_head.")) else f"model.{raw}"
+            if name in places:
+                raise FormatError(file.path, raw, f"the same parameter as in {places[name][0].path}", "it once")
+            places[name] = (file, raw)
+    return places
+
+
+def _files(folder: Path) -> list[SafetensorsFile]:
+    if (folder / SINGLE).exists():
+        return [SafetensorsFile(folder / SINGLE)]
+    if not (folder / INDEX).exists():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f"only {', '.join(pickled)}, which are pickles and can run code" if pickled else "no weights"
+        raise FormatError(folder, "", found, f"{SINGLE} or {INDEX}")
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise FormatError(folder / INDEX, "weight_map", type(index).__name__, "an object {tensor: file}")
+    files = []
+    for shard in sorted(set(index.values())):
+        if Path(shard).name != shard:
+            raise FormatError(folder / INDEX, "weight_map", repr(shard), "the name of a file in this folder")
+        files.append(SafetensorsFile(folder / shard))
+        promised = {name for name, where in index.items() if where == shard}
+        if different := promised ^ set(files[-1].names()):
+            name = min(different)
+            found = "a tensor" if name not in promised else "nothing"
+            raise FormatError(folder / shard, name, found, f"what {INDEX} says")
+    return files
+
+
+def _read(places: Places, name: str) -> np.ndarray:
+    file, raw = places[name]
+    if file.dtype(raw) not in FLOATS:
+        raise FormatError(file.path, raw, f"dtype {file.dtype(raw)}", " or ".join(FLOATS))
+    array = file.read(raw).astype(np.float32, copy=False)
+    require_finite(file.path, raw, array)
+    return array
+
+
+def _read_quantized(places: Places, name: str, keep: bool) -> np.ndarray | NF4Tensor:
+    file, raw = places[name]
+    keys = [name, *(f"{name}.{part}" for part in bitsandbytes4.PARTS)]
+    tensors = {key: places[key][0].read(places[key][1]) for key in keys[1:] if key in places}
+    tensors[name] = file.raw(raw)  # the bytes; `bnb_4bit_quant_storage` may call them bfloat16
+    q = bitsandbytes4.unpack_tensor(name, tensors, file.path)
+    if keep:
+        return q
+    dtype = bitsandbytes4.read_settings(name, tensors, file.path).values["dtype"]
+    array = bitsandbytes4.dequantize(q, dtype)
+    require_finite(file.path, raw, array)
+    return array
+
+
+def _require_equal(places: Places, head: str, embedding: str) -> None:
+    """A tied model needs no output matrix; a file that has one anyway must have the same numbers in it."""
+    if embedding in places and not np.array_equal(_read(places, head), _read(places, embedding)):
+        found = f"other numbers than in {embedding}"
+        raise FormatError(places[head][0].path, head, found, "the same, because config.json ties the two")
+
+
+def _refuse_other_quantization(path: Path, values: dict[str, Any]) -> None:
+    settings = values.get("quantization_config")
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise FormatError(path, "quantization_config", type(settings).__name__, "an object")
+    inner = Fields(f"{path}: quantization_config", settings)
+    inner.refuse("quant_method", ("bitsandbytes",), "'bitsandbytes'")
+    inner.refuse("load_in_8bit", (False,), "false: LLM.int8 is not supported")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _thawed(weight: Any) -> Any:
+    return weight.array if isinstance(weight, Frozen) else weight
+
+
+def _check(folder: Path, config: Config, params: Params) -> None:
+    expected = llama.shapes(config)
+    if different := set(expected) ^ set(params):
+        name = min(different)
+        found, needed = (
+            ("nothing", "an array") if name in expected else ("a parameter", "none in a model of this config")
+        )
+        raise FormatError(folder, name, found, needed)
+    for name, weight in params.items():
+        if not isinstance(_thawed(weight), np.ndarray | NF4Tensor):
+            raise FormatError(folder, name, repr(weight), "plain weights: lora.merge, or save_adapter, first")
+        if isinstance(weight, NF4Tensor) and not _is_linear(name):
+            raise FormatError(folder, name, repr(weight), "an array: transformers reads 4-bit linear layers only")
+        if tuple(weight.shape) != expected[name]:
+            raise FormatError(folder, name, f"shape {tuple(weight.shape)}", f"shape {expected[name]}")
+
+
+def _is_linear(name: str) -> bool:
+    return name == llama.HEAD or name.split(".")[-2] in llama.LINEAR_MODULES
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    stops = list(tokenizer.stop_token_ids)
+    eos = stops if len(stops) > 1 else stops[0] if stops else None
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+
+
+def _quantization_config(params: Mapping[str, Any]) -> dict[str, Any]:
+    quantized = {name: w for name, w in params.items() if isinstance(w, NF4Tensor)}
+    if not quantized:
+        return {}
+    plain = {name.removesuffix(".weight") for name in params if _is_linear(name) and name not in quantized}
+    if llama.HEAD not in quantized:
+        plain.add("lm_head")
+    settings = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(not isinstance(q.absmax, np.ndarray) for q in quantized.values()),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if plain == {"lm_head"} else sorted(plain),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    return {"quantization_config": settings}

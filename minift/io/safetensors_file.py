@@ -1,0 +1,125 @@
+"""safetensors files for NumPy, with bfloat16.
+
+The library checks a file (no holes, no overlap, nothing past the end) and writes it, but its NumPy side does not know
+bfloat16. A bfloat16 number is the upper half of a float32: sign, the same 8 exponent bits, 7 of the 23 mantissa
+bits. So reading appends sixteen zero bits, and writing rounds to nearest, ties to even, and drops them.
+
+Tensors are read one at a time out of a memory map, so that a file may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+
+from minift.io.atomic import atomic_write
+from minift.io.errors import FormatError
+from minift.io.json_file import parse_json
+
+DTYPES: dict[str, type] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,  # decoded by `read`
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "BOOL": np.bool_,
+}
+HEADER_LIMIT = 10_000_000  # bytes of JSON: names and shapes, not numbers
+
+
+class SafetensorsFile:
+    """An open safetensors file: names and shapes now, numbers when they are asked for.
+
+    Raises FormatError for a file that is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="np"), open(self.path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > HEADER_LIMIT:
+                    raise FormatError(self.path, "", f"a header of {size:,} bytes", f"at most {HEADER_LIMIT:,}")
+                header = parse_json(file.read(size), self.path)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(self.path, "", error, "a complete safetensors file") from error
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.entries = header
+        self._data_start = 8 + size
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def dtype(self, name: str) -> str:
+        """As the file spells it: "F32", "BF16", "U8", …"""
+        return self.entries[name]["dtype"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.entries[name]["shape"])
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes, flat uint8, copied out of the file."""
+        begin, end = self.entries[name]["data_offsets"]
+        with open(self.path, "rb") as file:
+            file.seek(self._data_start + begin)
+            return np.fromfile(file, dtype=np.uint8, count=end - begin)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its own dtype, bfloat16 as float32."""
+        dtype = self.dtype(name)
+        if dtype not in DTYPES:
+            raise FormatError(self.path, name, f"dtype {dtype}", f"one of {', '.join(DTYPES)}")
+        array = self.raw(name).view(np.dtype(DTYPES[dtype]).newbyteorder("<")).reshape(self.shape(name))
+        return from_bfloat16(array) if dtype == "BF16" else array
+
+
+def write_safetensors(
+    path: Path | str,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    bfloat16: frozenset[str] | set[str] = frozenset(),
+) -> None:
+    """Write arrays in their own dtype; those named in `bfloat16` are uint16, from `to_bfloat16`. Atomic."""
+    kept = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    specs = {
+        name: TensorSpec(
+            dtype="bfloat16" if name in bfloat16 else array.dtype.name,
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in kept.items()
+    }
+    atomic_write(path, lambda temporary: serialize_file(specs, temporary, metadata=dict(metadata or {"format": "pt"})))
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 → bfloat16, as uint16: round to nearest, ties to even; a NaN stays a NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # half an ulp, less one bit where the kept part is even
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(x), quiet_nan, rounded).astype(np.uint16).reshape(x.shape)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, as uint16 → float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def require_finite(path: Path | str, name: str, array: np.ndarray) -> None:
+    """Raises FormatError for a NaN or an infinity, naming the first and how many there are."""
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+        at = int(np.argmin(finite))
+        what = f"{array.flat[at]} at flat index {at} ({math.prod(array.shape) - int(finite.sum()):,} not finite)"
+        raise FormatError(path, name, what, "finite numbers")
