@@ -2,11 +2,15 @@
 
 import os
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one BLAS order, so that bitwise tests mean something
+# One order of summation, so that bitwise tests mean something; and the first parallel call of torch in a process can
+# be off by 1e-3 (seen with 2.13.0 on two cores), which no oracle should be.
+for library in ("OPENBLAS", "OMP", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import jaxtyping
 
-_hook = jaxtyping.install_import_hook("minift", "typechecker.check")
+NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]
+_hook = jaxtyping.install_import_hook(NUMERIC, "typechecker.check")
 _hook.__enter__()
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Chat:
 
 def _ask() -> str | None:
     try:
-        return console.input("[bold]> [/bold]").strip()
+        return console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
     except EOFError:
         print()
         return None

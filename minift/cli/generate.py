@@ -50,7 +50,7 @@ class Generate:
         ready, rng = for_inference(params), np.random.default_rng(self.seed)
         options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.raw:
-            tokens = np.array([tokenizer.encode(self.prompt)])
+            tokens = np.array([tokenizer.encode(self.prompt)], np.int64)
             stops = set(tokenizer.stop_token_ids)
             steps = llama.stream(
                 ready, tokens, config, self.max_new_tokens, self.temperature, rng, stop_tokens=stops, **options

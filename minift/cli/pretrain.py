@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,16 +56,16 @@ PRESETS = {
 class Pretrain:
     """Train a small Llama from random weights on the documentation inside Python itself.
 
-    It reads the language reference and, as a dictionary reads, names and what they do ("math.isqrt", then its
-    sentence). It is never asked a question: that is left to `minift finetune`. The checkpoint with the lowest held-out
-    loss is kept, since a model this size soon knows so little text by heart.
+    It reads the language reference and, as in a dictionary, names and what they do ("math.isqrt: Return the …"). It is
+    never asked a question: that is left to `minift finetune`. The checkpoint with the lowest held-out loss is kept,
+    since a model this size soon knows so little text by heart.
     """
 
     preset: Literal["tiny", "nano"] = "tiny"
     """tiny has about a million parameters, nano a tenth (to try things out)."""
     out: Path = Path("runs/pretrain")
     """Where model, metrics.jsonl, the loss curve and checkpoints go."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
     """Rows a step."""
@@ -179,14 +178,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _entry(example: Example) -> str:
-    """An entry of a dictionary, between the marks of a turn: they get their embeddings here, questions come later."""
+    """An entry of a dictionary: what the question asks about, and the answer."""
     question, sentence = (message.content for message in example.messages)
-    (name,) = re.findall("`(.+?)`", question)
-    return f"{TURN}{name}\n{sentence}{END_OF_TURN}\n"
+    return f"{question.split('`')[1]}: {sentence}"
 
 
 def _rows(texts: list[str], tokenizer: Tokenizer, seq_len: int, rng: np.random.Generator) -> list[Encoded]:
-    """All texts, shuffled, one behind the other, cut into rows."""
-    end = tokenizer.encode(END_OF_TEXT)
-    ids = [token for i in rng.permutation(len(texts)) for token in [*tokenizer.encode(texts[i]), *end]]
-    return chunks(ids, seq_len)
+    """All texts, shuffled, one behind the other, cut into rows; each stands between the marks of a turn, so that the
+    tokens of the chat template are known before the first chat."""
+    marked = (f"{TURN}{texts[i]}{END_OF_TURN}\n" for i in rng.permutation(len(texts)))
+    return chunks([token for text in marked for token in tokenizer.encode(text)], seq_len)

@@ -15,12 +15,13 @@ outlier), but 0.078 with blocks of 64 (0.073 without), as 63 of these 64 never s
 
 **Zeros and tiny numbers.** 1/a overflows for a < 2.9e-39, so a below TINY = 1e-38 is replaced by it in the reciprocal
 (not in the scale that is stored), as in bitsandbytes: an all-zero block becomes the entry at zero, times 0. A block of
-subnormal numbers below TINY keeps its scale but is rounded more coarsely, with errors up to a instead of a small part
-of it. That is 1e-38 at most, and never NaN.
+subnormal numbers below TINY keeps its scale but is rounded more coarsely, with errors up to a (2a if the codebook has
+no zero) instead of a small part of it. That is tiny still, and never NaN.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 TINY = np.float32(1e-38)
-CHUNK = 1 << 16  # elements at a time, so that the temporaries (a few hundred kilobytes) stay in the cache
+CHUNK = 65536  # elements at a time, so that the temporaries (a few hundred kilobytes) stay in the cache
+FEW = 16  # thresholds up to which a pass for each is as fast as the table
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class BlockwiseTensor:
     """Codes, one a byte, and one float32 scale a block of `block_size` consecutive elements in row-major order.
 
@@ -70,11 +72,11 @@ def quantize(
     """The nearest codebook entry for every number, relative to its block's absmax: equations (1) and (2).
 
     `x` is of any shape, layout and floating type, and is rounded to float32 first. Its elements are taken in row-major
-    order; the last block may be short. `block_size` is any positive integer.
+    order; the last block may be short. `block_size` is any positive integer. What lies beyond the codebook's ends gets
+    the end: an unsigned map turns negative numbers into zero.
     Raises ValueError for NaN and infinities (of which float32 must be free), for a codebook that is not strictly
     increasing, and for a block size that is not a positive integer.
     """
-    check_codebook(code)
     thresholds = midpoints(code)
     codes = np.empty(x.size, np.uint8)
     absmax = np.empty(block_count(x.size, block_size), np.float32)
@@ -116,7 +118,7 @@ def count_below_1(
 def count_below_2(
     scaled: Float32[np.ndarray, "*rows"], thresholds: Float32[np.ndarray, " t"]
 ) -> UInt8[np.ndarray, "*rows"]:
-    """One pass over the numbers for each threshold: for 15 thresholds six times as fast as `np.searchsorted`, because
+    """One pass over the numbers for each threshold: for 15 thresholds ten times as fast as `np.searchsorted`, because
     comparing and adding bytes is what vector instructions do best."""
     count = np.zeros(scaled.shape, np.uint8)
     above = np.empty(scaled.shape, bool)
@@ -147,12 +149,9 @@ def count_below(
     scaled: Float32[np.ndarray, "*rows"], thresholds: Float32[np.ndarray, " t"]
 ) -> UInt8[np.ndarray, "*rows"]:
     """The fastest of the three: passes for a few thresholds, the table for many."""
-    few = thresholds.size <= 16
-    return (
-        count_below_2(scaled, thresholds)
-        if few or not _intervals(thresholds.tobytes())[2]
-        else count_below_3(scaled, thresholds)
-    )
+    if thresholds.size <= FEW or not _intervals(thresholds.tobytes())[2]:
+        return count_below_2(scaled, thresholds)
+    return count_below_3(scaled, thresholds)
 
 
 @lru_cache(maxsize=16)
@@ -212,10 +211,7 @@ def element_count(shape: Any) -> int:
     """The number of elements of a shape; ValueError unless it is a tuple of integers >= 0."""
     if not isinstance(shape, tuple) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in shape):
         raise ValueError(f"shape: {shape!r}, needed a tuple of integers >= 0")
-    n = 1
-    for d in shape:
-        n *= d
-    return n
+    return math.prod(shape)
 
 
 def block_count(n: int, block_size: Any) -> int:

@@ -27,7 +27,7 @@ def linear(bits: int) -> Float[np.ndarray, " entries"]:
     with it the largest weight and its negative could not both be represented, or the absmax not be a code at all.
     """
     top = 2 ** (bits - 1) - 1
-    return _constant(np.arange(-top, top + 1) / top)
+    return read_only(np.arange(-top, top + 1) / top)
 
 
 def dynamic(signed: bool = True) -> Float[np.ndarray, " 256"]:
@@ -39,17 +39,17 @@ def dynamic(signed: bool = True) -> Float[np.ndarray, " 256"]:
         c = ± 10^(e−6) (b_j + b_(j+1)) / 2                                                               (2)
 
     and 0 and +1; there is no −1, the smallest value is −0.99297. Bit for bit bitsandbytes' `create_dynamic_map`, whose
-    evenly spaced points are `torch.linspace` with a fused multiply-add (`_linspace`): 42 entries depend on it.
+    evenly spaced points are `torch.linspace` with a fused multiply-add (`torch_linspace`): 42 entries depend on it.
     """
     values = [np.array([0.0, 1.0], np.float32)]
     for exponent in range(7):
-        edges = _linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1, fused=True)
+        edges = torch_linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1, fused=True)
         decade = np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += [decade, -decade] if signed else [decade]
-    return _constant(np.sort(np.concatenate(values)))
+    return read_only(np.sort(np.concatenate(values)))
 
 
-def _linspace(start: float, stop: float, n: int, fused: bool = False) -> Float[np.ndarray, " n"]:
+def torch_linspace(start: float, stop: float, n: int, fused: bool = False) -> Float[np.ndarray, " n"]:
     """`torch.linspace` in float32: the first half counts up from `start`, the second half down from `stop`.
 
         step = (stop − start) / (n − 1)      start + i step  (i < n/2)      stop − (n − 1 − i) step       (3)
@@ -63,7 +63,8 @@ def _linspace(start: float, stop: float, n: int, fused: bool = False) -> Float[n
     return np.where(up < n // 2, first + up * step, last - up[::-1] * step).astype(np.float32)
 
 
-def _constant(values: np.ndarray) -> np.ndarray:
+def read_only(values: np.ndarray) -> np.ndarray:
+    """A float32 copy that cannot be changed."""
     array = values.astype(np.float32)
     array.setflags(write=False)
     return array
@@ -76,8 +77,8 @@ DYNAMIC_UNSIGNED = dynamic(signed=False)
 
 # FP4: sign, two bits of exponent and one of mantissa, in twelfths. Listed by code, as bitsandbytes does: 1 is the
 # subnormal, and 2 … 7 do not ascend. Zero has two codes, 0 and 8.
-FP4_BY_CODE = _constant(np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12)
-FP4 = _constant(np.unique(FP4_BY_CODE))  # 15 values, ascending
+FP4_BY_CODE = read_only(np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12)
+FP4 = read_only(np.unique(FP4_BY_CODE))  # 15 values, ascending
 
 # Where each of the 15 sorts to. Of zero's two codes it is the positive one, whatever the sign of what became zero.
 _FP4_CODE_OF_RANK = np.array([11, 10, 13, 12, 15, 14, 9, 0, 1, 6, 7, 4, 5, 2, 3], np.uint8)

@@ -36,7 +36,7 @@ from minift.quant.codebooks import DYNAMIC
 from minift.quant.nf4 import NF4Tensor
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class DoubleQuantizedScales:
     """One byte a scale, one float32 for each `block_size` scales, and their common offset.
 

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from minift.quant import blockwise
-from minift.quant.codebooks import _constant, _linspace
+from minift.quant.codebooks import read_only, torch_linspace
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes and its files
 ZERO = 7  # the code of 0.0
@@ -41,14 +41,14 @@ OFFSET = 0.9677083  # δ of (4), with the seven digits that bitsandbytes gives i
 def normal_quantiles(offset: float = OFFSET) -> Float32[np.ndarray, " 16"]:
     """The sixteen NF4 values, ascending from −1 to 1: equations (1)–(3), rounded where bitsandbytes rounds."""
     quantile = np.vectorize(NormalDist().inv_cdf)
-    positive = quantile(_linspace(offset, 0.5, 9)[:-1].astype(np.float64))
-    negative = -quantile(_linspace(offset, 0.5, 8)[:-1].astype(np.float64))
+    positive = quantile(torch_linspace(offset, 0.5, 9)[:-1].astype(np.float64))
+    negative = -quantile(torch_linspace(offset, 0.5, 8)[:-1].astype(np.float64))
     values = np.sort(np.concatenate([negative, [0.0], positive]).astype(np.float32))
-    return _constant(values / values[-1])
+    return read_only(values / values[-1])
 
 
 CODE = normal_quantiles()
-MIDPOINTS = _constant(blockwise.midpoints(CODE))
+MIDPOINTS = read_only(blockwise.midpoints(CODE))
 _PAIRS = CODE[np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=1)]  # (256, 2): what a byte stands for
 _WORDS = _PAIRS.view(np.uint64).reshape(256)  # the same 2,048 bytes, a pair at a time
 
@@ -66,7 +66,7 @@ class Scales(Protocol):
     def decode(self) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class NF4Tensor:
     """A tensor in NF4: `codes` two a byte, one scale a block of `block_size` elements in row-major order.
 

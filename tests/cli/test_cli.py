@@ -1,0 +1,232 @@
+"""The commands, as a user calls them: what they print, what they write, and what they say about bad input."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from minift.cli import COMMANDS, main
+from minift.io import load_adapter, load_model, load_tokenizer
+from minift.models import llama
+from minift.nn.weight import dense
+from minift.peft import lora, qlora
+
+QUICK = ["--steps", "3", "--eval-examples", "12", "--batch-size", "4", "--json"]
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*arguments):
+        status = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        result = json.loads(lines[-1]) if "--json" in arguments and status == 0 else None
+        return status, result, captured
+
+    return call
+
+
+@pytest.fixture
+def finetuned(call, tmp_path):
+    """A LoRA of three steps."""
+    assert call("finetune", *QUICK, "--learning-rate", "0.01", "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run" / "adapter"
+
+
+@pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
+def test_finetune(call, tmp_path, method):
+    status, result, captured = call("finetune", "--method", method, *QUICK, "--out", tmp_path / "run")
+    assert status == 0
+    assert result["total_parameters"] == 1_000_576
+    config, params = load_model("tiny")
+    linear = [params[n].shape for n in lora.targets(params, "all-linear")]
+    expected = {
+        "full": 1_000_576,
+        "head": 2048 * 128,
+        "lora": sum(8 * (o + i) for o, i in linear),
+        "qlora": sum(8 * (o + i) for o, i in linear),
+    }[method]
+    assert result["trainable_parameters"] == expected
+    assert result["trainable_bytes"] == 4 * expected
+    assert result["optimizer_bytes"] == 8 * expected
+    assert result["eval_loss_before"] != result["eval_loss_after"]
+    assert result["peak_memory_bytes"] > result["weight_bytes"]
+    if method == "qlora":
+        elsewhere = 4 * (1_000_576 - sum(o * i for o, i in linear))
+        assert 0.5 < (result["weight_bytes"] - elsewhere) * 8 / sum(o * i for o, i in linear) / 4.13 < 1.01
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == [1, 2, 3]
+    assert "Python says" in captured.out
+    if method in ("full", "head"):
+        config, params = load_model(result["adapter"])
+        assert config.tie_word_embeddings == (method == "full")
+    else:
+        assert load_adapter(result["adapter"]).r == 8
+
+
+def test_finetune_on_a_file(call, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n" for i in range(60))
+    )
+    options = ["--target-modules", "q_proj", "v_proj", "--r", "2", "--gradient-accumulation-steps", "2"]
+    status, result, _ = call("finetune", "--data", data, *QUICK, *options, "--out", tmp_path / "run")
+    assert status == 0
+    assert result["trainable_parameters"] == 4 * 2 * ((128 + 128) + (128 + 64))
+    assert load_adapter(tmp_path / "run" / "adapter").target_modules == ("q_proj", "v_proj")
+
+
+def test_generate_and_merge_and_info(call, tmp_path, finetuned):
+    question = "What does `math.isqrt` do?"
+    status, with_adapter, captured = call(
+        "generate", question, "--adapter", finetuned, "--max-new-tokens", "12", "--json"
+    )
+    assert status == 0
+    assert with_adapter["text"] in captured.out
+    assert "<|im_end|>" not in with_adapter["text"]
+    status, merged, _ = call("merge", "--adapter", finetuned, "--out", tmp_path / "merged", "--json")
+    assert (status, merged["merged_layers"]) == (0, 28)
+    status, after, _ = call("generate", question, "--model", tmp_path / "merged", "--max-new-tokens", "12", "--json")
+    assert after["text"] == with_adapter["text"]
+
+    _, params = load_model("tiny")
+    _, written = load_model(tmp_path / "merged")
+    expected = lora.merge(lora.insert(params, load_adapter(finetuned)))
+    for name, weight in written.items():
+        assert np.array_equal(weight, dense(expected[name])), name
+    assert not np.array_equal(written["model.layers.0.mlp.up_proj.weight"], params["model.layers.0.mlp.up_proj.weight"])
+
+    status, info, captured = call("info", finetuned, "--tensors", "--json")
+    assert (info["r"], info["parameters"]) == (8, 74_752)
+    assert "layers.3.mlp.down_proj.lora_B" in captured.out
+    status, info, _ = call("info", "tiny", "--json")
+    assert info["parameters"] == 1_000_576
+    assert info["config"]["hidden_size"] == 128
+
+
+def test_merging_what_qlora_trained(call, tmp_path):
+    call("finetune", "--method", "qlora", *QUICK, "--learning-rate", "0.01", "--out", tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    assert call("merge", "--adapter", adapter, "--nf4", "--out", tmp_path / "merged")[0] == 0
+    config, params = load_model("tiny")
+    trained = lora.insert(qlora.quantize(params), load_adapter(adapter))
+    tokens = np.arange(20)[None]
+    _, merged = load_model(tmp_path / "merged")
+    y, _ = llama.forward(trained, tokens, config)
+    np.testing.assert_allclose(llama.forward(merged, tokens, config)[0], y, rtol=0, atol=1e-3 * np.abs(y).max())
+    status, _, captured = call("merge", "--adapter", adapter, "--out", tmp_path / "merged")
+    assert status == 2
+    assert "not empty" in captured.err
+
+
+def test_the_merged_model_runs_in_transformers(call, tmp_path, finetuned):
+    import torch
+    import transformers
+
+    call("merge", "--adapter", finetuned, "--out", tmp_path / "merged")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    config, params = load_model(tmp_path / "merged")
+    tokens = np.array([load_tokenizer(tmp_path / "merged").encode("Return the sum of all the numbers.")])
+    exact, _ = llama.forward({n: w.astype(np.float64) for n, w in params.items()}, tokens, config)
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(tokens)).logits.numpy()
+    ours, _ = llama.forward(params, tokens, config)
+    # as close to the float64 result as we are, within a factor: two float32 computations of the same function
+    assert np.abs(theirs - exact).max() <= 4 * np.abs(ours - exact).max()
+
+
+def test_raw_generation_and_sampling(call):
+    raw = ["generate", "Return the", "--raw", "--max-new-tokens", "8", "--json"]
+    greedy, again = (call(*raw)[1]["text"] for _ in range(2))
+    assert greedy == again
+    sampled = [call(*raw, "--temperature", "1.5", "--seed", seed)[1]["text"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert call(*raw, "--temperature", "1.5", "--top-k", "1")[1]["text"] == greedy
+
+
+def test_chat(call, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is `int`?\n\n/reset\nWhat is `list`?\nAnd `dict`?\n/quit\n"))
+    status, result, _ = call("chat", "--max-new-tokens", "5", "--temperature", "0", "--system", "Be brief.", "--json")
+    assert status == 0
+    assert [m["role"] for m in result["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert result["messages"][1]["content"] == "What is `list`?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gigabytes"),
+    [
+        # 65.3e9 parameters: 2 bytes of weight, 2 of gradient, 8 of Adam; the paper says "more than 780 GB"
+        (["--model", "65B", "--method", "full"], 12 * 65_285_660_672 / 1e9),
+        # and "less than 48 GB"
+        (["--model", "65B", "--method", "qlora", "--r", "64"], None),
+    ],
+)
+def test_memory(call, arguments, gigabytes):
+    _, result, captured = call("memory", *arguments, "--json")
+    without = (result["total"] - result["activations"]) / 1e9
+    if gigabytes is not None:
+        assert without == pytest.approx(gigabytes, rel=1e-12)
+    else:
+        assert without < 48
+        linear = 80 * (4 * 8192**2 + 3 * 8192 * 22016)
+        assert result["weights_in_4_bits"] == linear / 2
+        assert result["quantization_constants"] == pytest.approx(linear * 0.126953125 / 8, rel=1e-9)
+    assert "activations" in captured.out
+
+
+def test_memory_of_the_built_in_model_is_what_it_takes(call, tmp_path):
+    """The bill against the arrays themselves."""
+    _, bill, _ = call("memory", "--model", "tiny", "--method", "qlora", "--weight-bits", "32", "--json")
+    _, run, _ = call("finetune", "--method", "qlora", *QUICK, "--out", tmp_path / "run")
+    billed = bill["weights_in_4_bits"] + bill["quantization_constants"] + bill["other_weights"]
+    assert run["weight_bytes"] == pytest.approx(billed, rel=1e-3)  # offsets and short nested blocks are not billed
+    assert (run["trainable_bytes"], run["optimizer_bytes"]) == (bill["adapters"], bill["optimizer_state"])
+
+
+def test_memory_of_the_lora_paper(call):
+    rows = {row["model"]: row for row in call("memory", "--model", "lora-paper", "--json")[1]["rows"]}
+    assert rows["GPT-3"]["lora_parameters"] == 4_718_592  # 4.7M, table 4
+    assert rows["GPT-3 (r=8)"]["lora_parameters"] == 37_748_736
+    assert rows["RoBERTa-base"]["lora_parameters"] == 294_912
+    assert rows["GPT-2-medium"]["lora_parameters"] == 393_216  # the paper prints 0.35M, which does not follow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "--model", "no/such/model"],
+            "no/such/model: found nothing there, needed a folder or a .gguf file",
+        ),
+        (["finetune", "--data", "no/such.jsonl"], "no/such.jsonl"),
+        (["finetune", "--target-modules", "q_prj"], "'q_prj' matches no linear layer"),
+        (["finetune", "--r", "0"], "r is 0"),
+        (["finetune", "--seq-len", "5"], "within 5 tokens"),
+        (["finetune", "--resume"], "no checkpoint"),
+        (["generate", "x", "--adapter", "no/adapter"], "no/adapter"),
+        (["generate", "", "--raw"], "a prompt is empty"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1"),
+        (["memory", "--model", "8B"], "8B: found nothing there"),
+        (["memory", "--target-modules", "nothing", "--method", "lora"], "'nothing' is no linear layer"),
+    ],
+)
+def test_bad_input(call, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, captured = call(*arguments)
+    assert status == 2
+    assert message in captured.err
+    assert captured.err.startswith("minift: ")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "default" in text
