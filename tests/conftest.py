@@ -7,6 +7,9 @@ import os
 for library in ("OPENBLAS", "OMP", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes compiles on the CPU, for many seconds
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import jaxtyping
 
 NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -22,7 +22,7 @@ from minift.data.templates import encode_all, encode_prompt, end_of_turn
 from minift.io import Tokenizer, load_adapter, load_model
 from minift.models import llama
 from minift.nn.weight import Frozen, Params, dense
-from minift.peft import lora
+from minift.peft import lora, qlora
 from minift.train.loop import Record
 
 console = Console(highlight=False)
@@ -61,7 +61,7 @@ def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: in
     else:
         train, held_out = jsonl.read_split(source)
     chosen = np.random.default_rng(0).permutation(len(held_out))[:eval_examples]  # the same ones in every run
-    held_out = [held_out[i] for i in sorted(chosen)]
+    held_out = [held_out[i] for i in chosen]
     encoded_train, encoded_held_out = (encode_all(part, tokenizer, max_length=seq_len) for part in (train, held_out))
     for name, part in (("training", encoded_train), ("held-out", encoded_held_out)):
         if part.truncated or part.dropped:
@@ -92,10 +92,20 @@ def batches_of(
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def load_with_adapter(model: str, adapter: Path | None) -> tuple[llama.Config, dict[str, Any]]:
-    """A model, with an adapter on it if one is named."""
+Base = Literal["auto", "nf4", "original"]
+
+
+def load_with_adapter(model: str, folder: Path | None, base: Base = "auto") -> tuple[llama.Config, dict[str, Any]]:
+    """A model, with an adapter on it if one is named, over the weights that the adapter was trained on.
+
+    QLoRA trains over NF4 weights, and its adapter also mends what quantization did to them; on the original weights it
+    would be another model. minift's own adapters say which they are (`auto`); of others the caller must know it."""
     config, params = load_model(model)
-    return config, params if adapter is None else lora.insert(params, load_adapter(adapter))
+    if folder is None:
+        return config, params
+    adapter = load_adapter(folder, params)
+    over_nf4 = adapter.over_nf4 if base == "auto" else base == "nf4"
+    return config, lora.insert(qlora.quantize(params) if over_nf4 else params, adapter)
 
 
 def for_inference(params: Params) -> dict[str, Any]:

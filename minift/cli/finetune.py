@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,10 +201,8 @@ class Finetune:
 
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
     ready = for_inference(params)
-    return [
-        "".join(answer(ready, config, tokenizer, question.messages[:-1], max_new_tokens=40)).strip()
-        for question in questions
-    ]
+    texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
+    return [textwrap.shorten(text, 160, placeholder=" …") for text in texts]
 
 
 def _weight_bytes(params: Params) -> int:
@@ -225,5 +224,5 @@ def _show(summary: dict[str, Any], questions: list[Example], before: list[str], 
     console.print(table)
     for question, old, new in zip(questions, before, after, strict=True):
         console.print(f"\n[bold]{question.messages[-2].content}[/bold]", markup=True)
-        for label, text in (("before", old), ("after", new), ("Python says", question.answer)):
+        for label, text in (("before", old), ("after", new), ("the answer", question.answer)):
             console.print(f"  {label:<12}{text}", markup=False)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minift.cli.common import console, emit
-from minift.io import load_adapter, load_model, load_tokenizer, save_model
-from minift.peft import lora, qlora
+from minift.cli.common import Base, console, emit, for_inference, load_with_adapter
+from minift.io import load_tokenizer, save_model
+from minift.peft import lora
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Merge:
     """Write W' = W + BA as a Hugging Face folder that runs anywhere, at the base model's speed.
 
     An adapter that was trained over 4-bit weights (--method qlora) belongs to those weights, not to the ones they were
-    made from: with --nf4 the base is quantized as in training before the adapter is added, which is exact.
+    made from: the base is quantized as in training and dequantized again before the adapter is added, which is exact.
     """
 
     adapter: Path
@@ -25,8 +25,8 @@ class Merge:
     """The model it was trained on: tiny (built in), a Hugging Face folder, or a .gguf file."""
     out: Path = Path("runs/merged")
     """The folder to write."""
-    nf4: bool = False
-    """The adapter was trained with --method qlora: add it to the quantized, then dequantized, weights."""
+    base: Base = "auto"
+    """What the adapter is added to: weights that went through nf4, the original ones, or what the adapter says."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the written weights."""
     overwrite: bool = False
@@ -35,13 +35,10 @@ class Merge:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
-        config, params = load_model(self.model)
-        adapter = load_adapter(self.adapter)
-        base = qlora.quantize(params) if self.nf4 else params
-        merged = lora.merge(lora.insert(base, adapter))
-        dense = {name: weight.dense() for name, weight in merged.items()}
-        save_model(self.out, config, dense, load_tokenizer(self.model), dtype=self.dtype, overwrite=self.overwrite)
-        changed = len(adapter.arrays) // 2
-        console.print(f"merged {changed} layers of {adapter!r} into {self.out}")
+        config, params = load_with_adapter(self.model, self.adapter, self.base)
+        changed = sum(isinstance(weight, lora.LoRA) for weight in params.values())
+        merged = for_inference(lora.merge(params))
+        save_model(self.out, config, merged, load_tokenizer(self.model), dtype=self.dtype, overwrite=self.overwrite)
+        console.print(f"merged {changed} layers of {self.adapter} into {self.out}")
         emit({"out": str(self.out), "merged_layers": changed, "dtype": self.dtype}, self.json)
         return 0

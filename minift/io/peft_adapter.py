@@ -22,6 +22,7 @@ from minift.peft.lora import A_NAME, B_NAME, Adapter
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "minift.base"  # in the metadata of WEIGHTS, where PEFT does not look: "nf4" for an adapter of QLoRA
 READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "lora_dropout", "init_lora_weights"}
 NO_MATTER = {  # for what the tensors mean
     "auto_mapping",
@@ -79,7 +80,8 @@ def save_adapter(
     arrays = {f"{PREFIX}{name}": array.astype(np.float32, copy=False) for name, array in adapter.arrays.items()}
     with atomic_folder(folder, overwrite) as new:
         atomic_write(new / CONFIG, json_bytes(values))
-        write_safetensors(new / WEIGHTS, arrays)
+        base = {BASE: "nf4"} if adapter.over_nf4 else {}
+        write_safetensors(new / WEIGHTS, arrays, metadata={"format": "pt"} | base)
 
 
 def load_adapter(folder: Path | str, params: Params | None = None) -> Adapter:
@@ -116,6 +118,7 @@ def load_adapter(folder: Path | str, params: Params | None = None) -> Adapter:
         target_modules=targets,
         use_rslora=fields.flag("use_rslora"),
         lora_dropout=float(dropout),
+        over_nf4=SafetensorsFile(folder / WEIGHTS).metadata.get(BASE) == "nf4",
     )
 
 

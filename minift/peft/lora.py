@@ -30,6 +30,7 @@ from jaxtyping import Float
 from minift.nn.dropout import dropout
 from minift.nn.linear import rows
 from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze
+from minift.quant.nf4 import NF4Tensor
 
 A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "score")  # tables and heads: not meant by "all-linear"
@@ -57,7 +58,7 @@ def forward(
     """
     base = Frozen(W) if isinstance(W, np.ndarray) else W
     y_base, base_vjp = base.linear(x)
-    if p > 0 and dropout_key is not None:
+    if p and dropout_key is not None:
         x_tilde, dropout_vjp = dropout(x, p, dropout_key)
     else:
         x_tilde, dropout_vjp = x, lambda dx_tilde: dx_tilde
@@ -75,7 +76,7 @@ def forward(
     return y, vjp
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LoRA:
     """A frozen weight and what was learned on top of it. With a quantized base this is QLoRA."""
 
@@ -125,14 +126,14 @@ class LoRA:
     def dense(self, dtype=None) -> np.ndarray:
         """W' = W + s B A. A quantized W is the dequantized one: what the adapter was trained on."""
         merged = self.base.dense() + self.delta()
-        return merged if dtype is None else merged.astype(dtype, copy=False)
+        return merged if dtype is None else merged.astype(dtype)
 
     def __repr__(self) -> str:
         learned = self.A.size + self.B.size
         return f"LoRA(r={len(self.A)}, lora_alpha={self.lora_alpha:g}, {learned:,} numbers on {self.base!r})"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Adapter:
     """What an adapter file holds: the learned arrays under PEFT's names, and how to apply them."""
 
@@ -142,6 +143,7 @@ class Adapter:
     target_modules: tuple[str, ...]
     use_rslora: bool = False
     lora_dropout: float = 0.0
+    over_nf4: bool = False  # learned on top of 4-bit weights (QLoRA), so it belongs to those
 
     def __repr__(self) -> str:
         size = sum(a.size for a in self.arrays.values())
@@ -175,7 +177,7 @@ def attach(
     frozen = freeze(params)
     for name in targets(params, target_modules):
         base = frozen[name]
-        (d_out, d_in), dtype = base.shape, base.dense().dtype if isinstance(base, Frozen) else np.float32
+        (d_out, d_in), dtype = base.shape, base.array.dtype if isinstance(base, Frozen) else np.float32
         bound = 1 / math.sqrt(d_in)
         A = rng.uniform(-bound, bound, (r, d_in)).astype(dtype)
         B = np.zeros((d_out, r), dtype)
@@ -187,7 +189,7 @@ def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
     """The names of the weights that `target_modules` means; see `attach`."""
     linear = {name: name.removesuffix(".weight") for name, w in params.items() if len(w.shape) == 2}
     if target_modules == "all-linear":
-        return [name for name, path in linear.items() if path.rsplit(".", 1)[-1] not in NOT_LINEAR]
+        return [name for name, path in linear.items() if path.split(".")[-1] not in NOT_LINEAR]
     if isinstance(target_modules, str):
         chosen = {name for name, path in linear.items() if re.fullmatch(target_modules, path)}
         if not chosen:
@@ -215,7 +217,9 @@ def detach(params: Params) -> tuple[dict[str, Any], Adapter]:
         name.removesuffix("weight") + part: array for name, w in loras.items() for part, array in w.arrays().items()
     }
     base = {name: w.base if isinstance(w, LoRA) else w for name, w in params.items()}
-    return base, Adapter(arrays, r, lora_alpha, _short_targets(base, list(loras)), use_rslora, lora_dropout)
+    over_nf4 = any(isinstance(w.base, NF4Tensor) for w in loras.values())
+    target_modules = _short_targets(base, list(loras))
+    return base, Adapter(arrays, r, lora_alpha, target_modules, use_rslora, lora_dropout, over_nf4)
 
 
 def insert(params: Params, adapter: Adapter) -> dict[str, Any]:
@@ -293,11 +297,11 @@ def _loras(params: Params) -> dict[str, LoRA]:
 
 
 def _leaves(linear: dict[str, str]) -> list[str]:
-    return sorted({path.rsplit(".", 1)[-1] for path in linear.values()})
+    return sorted({path.split(".")[-1] for path in linear.values()})
 
 
 def _short_targets(base: Params, names: list[str]) -> tuple[str, ...]:
     """The shortest `target_modules` that means exactly these weights: module names if they do, else whole paths."""
     paths = [name.removesuffix(".weight") for name in names]
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    leaves = sorted({path.split(".")[-1] for path in paths})
     return tuple(leaves if set(targets(base, leaves)) == set(names) else paths)

@@ -1,5 +1,6 @@
 """LoRA: the worked example, the laws, adapters as values, and wrong versions that must be rejected."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -371,7 +372,7 @@ def test_mix_of_adapters_on_different_layers_and_with_rslora(params, rng):
         if isinstance(w, LoRA):
             exact, size = product(other[n], 3 / 2)
             assert (np.abs(w.delta() - exact) <= bounds.gamma(4 + 2, np.float32) * size).all()
-    with pytest.raises(ValueError, match="nothing to mix"):
+    with pytest.raises(ValueError, match=r"^nothing to mix: pass at least one \(adapter, weight\)$"):
         lora.mix([])
 
 
@@ -447,6 +448,43 @@ def test_merging_over_nf4_merges_into_what_was_trained_on(rng):
     assert np.abs(merged - (W + 2 * B @ A)).max() > 0.01  # not into the weights before quantization
 
 
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults(params, rng):
+    """A change of a default changes what a script written yesterday does."""
+    x, W, A, B = make(rng)
+    np.testing.assert_allclose(lora.forward(x, W, A, B, dropout_key=3)[0], x @ (W + B @ A).T, rtol=1e-13, atol=1e-13)
+    weight = LoRA(Frozen(W), A, B, lora_alpha=6)
+    assert (weight.use_rslora, weight.lora_dropout) == (False, 0)
+    assert lora.scaling(6, 3) == 2
+    attached = lora.attach(params, rng=rng)
+    adapter = lora.detach(attached)[1]
+    assert (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.lora_dropout) == (8, 16, False, 0)
+    assert set(adapter.target_modules) == set(llama.LINEAR_MODULES)
+    bare = lora.Adapter({}, 1, 2, ())
+    assert (bare.use_rslora, bare.lora_dropout, bare.over_nf4) == (False, 0, False)
+    for value in (weight, bare):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.lora_alpha = 3
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "wte", "wpe", "score"])
+def test_all_linear_leaves_tables_and_heads_alone(name):
+    one = {f"model.{name}.weight": np.ones((3, 4)), "model.h.0.attn.c_proj.weight": np.ones((4, 4))}
+    assert lora.targets(one, "all-linear") == ["model.h.0.attn.c_proj.weight"]
+    assert lora.targets(one, [name]) == [f"model.{name}.weight"]
+
+
+def test_the_adapter_has_the_type_of_its_base(rng):
+    for dtype in (np.float64, np.float32):
+        (weight,) = lora.attach({"q_proj.weight": np.ones((5, 7), dtype)}, r=1, rng=rng).values()
+        assert weight.A.dtype == weight.B.dtype == weight.dense().dtype == dtype
+        assert (weight.A.shape, weight.B.shape, weight.shape) == ((1, 7), (5, 1), (5, 7))
+    assert weight.dense(np.float16).dtype == np.float16
+    assert weight.nbytes == 4 * (5 * 7 + 7 + 5)
+
+
 # --- arithmetic and looks ---------------------------------------------------------------------------------------------
 
 
@@ -463,3 +501,5 @@ def test_reprs_say_what_one_wants_to_know(params, rng):
         "LoRA(r=3, lora_alpha=7, 108 numbers on Frozen(float32 (24, 12), 1,152 bytes))"
     )
     assert repr(lora.detach(carried)[1]) == "Adapter(r=3, lora_alpha=7, q_proj: 216 numbers, 864 bytes)"
+    two = lora.detach(lora.attach(params, ["q_proj", "k_proj"], r=1, rng=rng))[1]
+    assert repr(two).startswith("Adapter(r=1, lora_alpha=16, k_proj, q_proj: ")
