@@ -132,9 +132,10 @@ class Ball:
 
     def __truediv__(self, other):
         b = self._lift(other)
-        value, nearest = self.value / b.value, np.abs(b.value) - b.radius
+        nearest = np.abs(b.value) - b.radius
         if not (nearest > 0).all():
             raise ValueError("a divisor's ball contains 0")
+        value = self.value / b.value
         return self._rounded(value, (self.radius + np.abs(value) * b.radius) / nearest)
 
     def __rtruediv__(self, other):
@@ -182,7 +183,7 @@ class Ball:
         return self._exact(lambda x: np.where(mask, x, 0.0))
 
     def reshape(self, *shape: int) -> Ball:
-        return self._exact(lambda x: x.reshape(*shape))
+        return self._exact(lambda x: x.reshape(shape))
 
     def swapaxes(self, a: int, b: int) -> Ball:
         return self._exact(lambda x: x.swapaxes(a, b))
@@ -194,11 +195,13 @@ class Ball:
     def __getitem__(self, index) -> Ball:
         return self._exact(lambda x: x[index])
 
-    def check(self, found: np.ndarray, what: str) -> None:
+    def check(self, found: np.ndarray | np.floating, what: str) -> None:
         """AssertionError with the worst element unless `found` lies in the ball (and has its dtype and shape)."""
         found = np.asarray(found)
         assert found.dtype == self.dtype, f"{what}: {found.dtype}, needed {self.dtype}"
         assert found.shape == self.value.shape, f"{what}: shape {found.shape}, needed {self.value.shape}"
+        if not np.isfinite(self.radius).all():
+            raise ValueError(f"{what}: the bound is not finite and says nothing")
         error = np.abs(found.astype(np.float64) - self.value)
         outside = ~(error <= self.radius)
         if outside.any():

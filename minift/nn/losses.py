@@ -49,7 +49,8 @@ def cross_entropy(
         np.put_along_axis(  # p − onehot
             dlogits, target[..., None], np.take_along_axis(dlogits, target[..., None], axis=-1) - 1, axis=-1
         )
-        dlogits *= (counts * (logits.dtype.type(dloss) / n))[..., None]
+        dlogits *= logits.dtype.type(dloss) / n
+        dlogits[~counts] = 0  # also where padding's logits are not finite
         return dlogits
 
     return loss, vjp

@@ -83,7 +83,7 @@ def erf(x: np.ndarray) -> np.ndarray:
     H are the Hermite polynomials, H_{n+1} = 2a H_n − 2n H_{n−1}. NumPy has no erf; with |h| ≤ 1/32 eleven terms leave
     less than 1e-16.
     """
-    magnitude = np.minimum(np.abs(x), 6).astype(np.float64)
+    magnitude = np.fmin(np.abs(x), 6).astype(np.float64)  # fmin: NaN has no nearest point of the grid
     nearest = np.rint(magnitude / _SPACING)
     a = nearest * _SPACING
     h = magnitude - a
@@ -94,4 +94,4 @@ def erf(x: np.ndarray) -> np.ndarray:
         series += (-1) ** (n - 1) * hermite * term
         hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
     value = _GRID[nearest.astype(np.intp)] + (2 / math.sqrt(math.pi)) * np.exp(-a * a) * series
-    return np.copysign(value, x)
+    return np.where(np.isnan(x), x, np.copysign(value, x))

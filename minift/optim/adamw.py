@@ -51,7 +51,10 @@ def adamw_1(
 def adamw_2(theta, gradient, m, v, step, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0) -> None:
     """The same in place: θ, m and v, contiguous arrays, are overwritten, a cache-sized piece at a time.
 
-    The operations and their order are those of `adamw_1`, so the bits are too."""
+    The operations and their order are those of `adamw_1`, so the bits are too. ValueError for θ, m or v in another
+    memory order: a copy would be updated, and nothing would learn."""
+    if not all(a.flags.c_contiguous for a in (theta, m, v)):
+        raise ValueError("AdamW writes into theta, m and v: needed contiguous arrays, see np.ascontiguousarray")
     flat = [a.reshape(-1) for a in (theta, gradient, m, v)]
     buffer, denominator = np.empty(_CHUNK, theta.dtype), np.empty(_CHUNK, theta.dtype)
     for start in range(0, theta.size, _CHUNK):

@@ -21,13 +21,13 @@ def learning_rate(
     warm-up of n the rate is peak / n, not 0. ValueError for an unknown schedule or a step below 1."""
     if step < 1:
         raise ValueError(f"step is {step}, needed 1 or more")
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule is {schedule!r}, needed one of {get_args(Schedule)}")
     if step <= warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step / warmup_steps)  # exactly peak at its end
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     if schedule == "constant":
         return peak
     if schedule == "linear":
         return floor + (peak - floor) * (1 - progress)
-    if schedule == "cosine":
-        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    raise ValueError(f"schedule is {schedule!r}, needed one of {get_args(Schedule)}")
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

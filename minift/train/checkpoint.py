@@ -73,4 +73,4 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
 
 
 def copy(arrays: Arrays) -> Arrays:
-    return {name: np.array(array) for name, array in arrays.items()}
+    return {name: np.array(array, order="C") for name, array in arrays.items()}

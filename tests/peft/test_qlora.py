@@ -98,12 +98,10 @@ def test_what_is_quantized_stays_as_it_is(params):
 
 
 def test_refusals_name_the_layer(params, rng):
-    with pytest.raises(
-        ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight is LoRA.*: merge or detach
-    ):
+    name = r"^model\.layers\.0\.self_attn\.q_proj\.weight"
+    with pytest.raises(ValueError, match=rf"{name} is LoRA.*: merge or detach the adapter before quantizing$"):
         qlora.quantize(lora.attach(params, ["q_proj"], rng=rng))
     params["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
-    with pytest.raises(
-        ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: cannot quantize nan at index \(3, 4\)"
-    ):
+    name = r"^model\.layers\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(ValueError, match=rf"{name}: cannot quantize nan at index \(3, 4\)"):
         qlora.quantize(params)
