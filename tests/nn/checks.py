@@ -34,7 +34,7 @@ def backwards(x):
 
 
 def misaligned(x):
-    """A view that begins one element into its buffer, read-only neighbours NaN."""
+    """A view that begins one element into its buffer, read-only neighbors NaN."""
     gap = np.nan if np.issubdtype(x.dtype, np.floating) else 1 << 20
     buffer = np.full(x.size + 2, gap, x.dtype)
     buffer[1:-1] = x.reshape(-1)
