@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,15 @@ import numpy as np
 from rich.table import Table
 
 from minift.cli.common import (
-    Watcher,
     answer,
     batches_of,
     console,
-    draw_losses,
     emit,
     for_inference,
     peak_memory_bytes,
     read_data,
 )
+from minift.cli.watch import Watcher, draw_losses
 from minift.data.example import Example
 from minift.io import load_model, load_tokenizer, save_adapter, save_model
 from minift.models import llama
@@ -37,8 +35,9 @@ from minift.train.loop import Result, Settings, fit
 from minift.train.methods import Method, prepare
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
-# what QLoRA (2e-4) and Alpaca (2e-5) used; for the built-in model it is what did best there.
+# what QLoRA (2e-4) and Alpaca (2e-5) used.
 PER_WIDTH: dict[str, float] = {"full": 0.128, "head": 0.64, "lora": 0.64, "qlora": 0.64}
+LINE = 120  # characters of an answer that are shown
 
 
 @dataclass
@@ -202,7 +201,8 @@ class Finetune:
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
     ready = for_inference(params)
     texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
-    return [textwrap.shorten(text, 160, placeholder=" …") for text in texts]
+    lines = (" ".join(text.split()) for text in texts)
+    return [line if len(line) <= LINE else line[:LINE] + " …" for line in lines]
 
 
 def _weight_bytes(params: Params) -> int:

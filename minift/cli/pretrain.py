@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
-from minift.cli.common import Watcher, batches_of, console, draw_losses, emit, peak_memory_bytes
+from minift.cli.common import batches_of, console, emit, peak_memory_bytes
+from minift.cli.watch import Watcher, draw_losses
 from minift.data import stdlib_docs
 from minift.data.batches import Encoded, chunks
 from minift.data.example import Example
