@@ -19,7 +19,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int
 
-IGNORE_INDEX = -100
+from minift.nn.losses import IGNORE_INDEX
+
 PADDING = -1  # the segment number of what fills up a packed row
 
 Encoded = tuple[np.ndarray, np.ndarray]  # tokens (T,) and labels (T,)

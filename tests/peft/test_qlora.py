@@ -64,6 +64,8 @@ def test_attach_passes_everything_on(params, rng):
     assert (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.lora_dropout) == (3, 7, True, 0.25)
     assert adapter.target_modules == ("v_proj",)
     assert adapter.over_nf4
+    on_two = qlora.quantize(params, ["v_proj"])  # one base of each kind: it still belongs to the quantized one
+    assert lora.detach(lora.attach(on_two, ["v_proj", "q_proj"], rng=rng))[1].over_nf4
     assert not lora.detach(lora.attach(params, ["v_proj"], rng=rng))[1].over_nf4
     assert isinstance(base["model.layers.0.mlp.up_proj.weight"], NF4Tensor)  # quantized, though it has no adapter
     assert base["model.layers.0.mlp.up_proj.weight"].block_size == 128
