@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minift.conformance import bounds
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import ELEMENTARY, Ball
 from minift.models import llama
 from minift.nn.attention import KVCache
 from minift.nn.losses import IGNORE_INDEX, cross_entropy
@@ -204,7 +204,7 @@ def forward_in_balls(params, tokens, config, dtype):
 
     T, d, half = len(tokens), config.head_dim, config.head_dim // 2
     phi = np.arange(T)[:, None] * config.rope_theta ** (-2 * np.arange(half) / d)
-    angle = np.array([[bounds.rope_angle(m, dtype) + bounds.ELEMENTARY * 2.0**-53 * m] * half for m in range(T)])
+    angle = np.array([[bounds.rope_angle(m, dtype) + ELEMENTARY * 2.0**-53 * m] * half for m in range(T)])
     cos, sin = Ball(np.cos(phi), dtype, angle), Ball(np.sin(phi), dtype, angle)
 
     def turn(x):

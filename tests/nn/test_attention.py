@@ -9,7 +9,8 @@ import wrong_nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball, gamma
+from minift.conformance.ball import Ball
+from minift.conformance.bounds import gamma
 from minift.conformance.gradients import check_vjp
 from minift.nn.attention import KVCache, attention, attention_1, attention_2, causal_mask
 from nn import checks

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball, gamma, unit_roundoff
+from minift.conformance.ball import Ball
+from minift.conformance.bounds import gamma, unit_roundoff
 from nn import checks
 
 SETTINGS = st.tuples(st.integers(0, 9999), st.integers(1, 6), st.sampled_from((1.0, 1e-3, 300.0)))

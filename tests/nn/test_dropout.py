@@ -8,7 +8,7 @@ import wrong_nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import Ball
 from minift.conformance.gradients import check_vjp
 from minift.nn.dropout import dropout, fold_in, philox, uniform
 from nn import checks

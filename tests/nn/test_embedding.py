@@ -6,7 +6,8 @@ import wrong_nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball, gamma
+from minift.conformance.ball import Ball
+from minift.conformance.bounds import gamma
 from minift.conformance.gradients import check_vjp
 from minift.nn.embedding import embedding, scatter_add_1, scatter_add_2
 from minift.nn.weight import Frozen

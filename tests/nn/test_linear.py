@@ -6,7 +6,7 @@ import wrong_nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import Ball
 from minift.conformance.gradients import check_vjp
 from minift.nn.linear import linear, rows, sum_to
 from minift.nn.weight import Frozen

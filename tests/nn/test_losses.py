@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.conformance import bounds
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import ELEMENTARY, Ball
 from minift.conformance.gradients import check_vjp
 from minift.nn.losses import IGNORE_INDEX, cross_entropy, log_softmax
 from nn import checks
@@ -243,7 +243,7 @@ def test_softmax_is_within_its_bound(dtype, seed, n, scale):
     exact = np.exp(x - x.max(-1, keepdims=True).astype(float))
     exact /= exact.sum(-1, keepdims=True)
     u = bounds.unit_roundoff(dtype)
-    allowed = bounds.softmax(x, dtype) + exact * u * (2 * np.abs(np.log(exact)) + bounds.ELEMENTARY * (3 + math.log(n)))
+    allowed = bounds.softmax(x, dtype) + exact * u * (2 * np.abs(np.log(exact)) + ELEMENTARY * (3 + math.log(n)))
     assert (np.abs(np.exp(found) - exact) <= allowed + (dtype is np.float64) * 1e-15 * exact).all()
 
 

@@ -9,7 +9,8 @@ import wrong_nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.bounds import Ball, unit_roundoff
+from minift.conformance.ball import Ball
+from minift.conformance.bounds import unit_roundoff
 from minift.conformance.gradients import check_vjp
 from minift.nn import mlp
 from nn import checks

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.conformance import bounds
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import Ball
 from minift.conformance.gradients import check_vjp
 from minift.nn.norms import layer_norm, rms_norm
 from minift.nn.weight import Frozen

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from minift.conformance import bounds
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import ELEMENTARY, Ball
 from minift.conformance.gradients import check_vjp
 from minift.nn.rope import RopeScaling, frequencies, rope, rotations
 from nn import checks
@@ -54,7 +54,7 @@ def oracle_for(positions, theta):
         phi = angles(positions, d, theta)[:, None]
         radius = np.frompyfunc(lambda m: bounds.rope_angle(m, dtype), 1, 1)(positions).astype(float)[:, None, :, None]
         # the frequency itself is a power in float64, within a few units of its last place: so is the angle
-        radius = radius + bounds.ELEMENTARY * 2.0**-53 * phi
+        radius = radius + ELEMENTARY * 2.0**-53 * phi
         shape = phi.shape
         cos, sin = (Ball(f(phi), dtype, np.broadcast_to(radius, shape)) for f in (np.cos, np.sin))
         halves = [Ball(a[..., h], dtype) for a in (x, dy) for h in (slice(0, d // 2), slice(d // 2, d))]
@@ -231,7 +231,7 @@ def test_frequencies_are_transformers(head_dim, theta, scaling):
     turns = 1.0 if scaling is None or scaling.rope_type == "linear" else scaling.high_freq_factor
     # the exponent i/d, rounded by u, moves the power by log θ; the blend (1 − s)/f + s has slope ≤ f in s ≤ turns
     slope = 1 if scaling is None else max(scaling.factor, 1) * (1 + turns)
-    assert (relative <= u * (bounds.ELEMENTARY + 2 * math.log(theta) + 4) * slope).all()
+    assert (relative <= u * (ELEMENTARY + 2 * math.log(theta) + 4) * slope).all()
     assert len(found) == head_dim // 2
     assert found.dtype == np.float64
 

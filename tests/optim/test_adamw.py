@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.conformance import bounds
-from minift.conformance.bounds import Ball
+from minift.conformance.ball import Ball
 from minift.optim import adamw
 from minift.optim.adamw import AdamW, adamw_1, adamw_2, clip_by_global_norm
 from nn import checks
