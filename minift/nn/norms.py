@@ -1,8 +1,11 @@
 """RMSNorm and LayerNorm: rescale each row of activations to unit size, then let each feature have its own gain.
 
 Notation: x̂ is `x_hat`, the normalized row; γ (Zhang & Sennrich's g) is `weight`, β is `bias`; means are over the last
-axis. The backward passes differentiate *through* the statistics: each input moves its row's rms (or mean and
-variance), which is the term that is subtracted.
+axis. The backward passes differentiate *through* the statistics. For ρ = 1 / rms(x), `inv_rms`,
+
+    ρ = (mean(x²) + ε)^(−1/2)    so    dρ = −ρ³ mean(x dx)    and    dx̂ = ρ dx + x dρ = ρ (dx − x̂ mean(x̂ dx))
+
+a symmetric map, so the pullback is the same with the cotangent in the place of dx: that is the term subtracted in (2).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def rms_norm(
     The mean is not subtracted, unlike in `layer_norm`; ε keeps an all-zero row at zero.
     """
     gain, gain_learns = unwrap(weight)
-    inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
+    inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)  # (..., 1)
     x_hat = x * inv_rms  # (..., d)
     y = x_hat * gain
 
@@ -62,7 +65,7 @@ def layer_norm(
     gain, gain_learns = unwrap(weight)
     shift, shift_learns = unwrap(bias)
     centered = x - np.mean(x, axis=-1, keepdims=True)  # (..., d)
-    inv_std = 1 / np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + x.dtype.type(eps))  # (..., 1)
+    inv_std = 1 / np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + eps)  # (..., 1)
     x_hat = centered * inv_std
     y = x_hat * gain + shift
 

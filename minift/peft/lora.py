@@ -2,7 +2,8 @@
 
     W' = W + s B A        s = α / r        A (r, in), B (out, r), r ≪ min(in, out)                      (1)
 
-The forward pass never forms BA: x goes through A, then B, at r (in + out) multiplications a row instead of in · out.
+The paper writes column vectors, W x; here a row is an example, so every matrix multiplies transposed, x Wᵀ. The forward
+pass never forms BA: x goes through A, then B, at r (in + out) multiplications a row instead of in · out.
 B starts at zero, so the first step sees exactly the base model; A starts at random, so that B has something to learn
 from (at the start ∂L/∂A = 0 and ∂L/∂B ≠ 0; with both at zero nothing would ever move).
 
