@@ -56,7 +56,7 @@ class Finetune:
     """stdlib (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or plain text."""
     out: Path = Path("runs/finetune")
     """Where the adapter, metrics.jsonl, the loss curve and checkpoints go."""
-    steps: int = 300
+    steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16
     """Examples in one pass through the model."""
