@@ -12,7 +12,7 @@ import peft
 from minift.io import FormatError, load_adapter, peft_adapter, save_adapter
 from minift.models import llama
 from minift.models.llama import Config
-from minift.peft import lora
+from minift.peft import lora, qlora
 from minift.peft.lora import Adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -121,6 +121,16 @@ def test_round_trip(tmp_path, adapter, params):
     again = load_adapter(tmp_path / "a", params)
     assert_same_bits(again.arrays, adapter.arrays)
     assert {**vars(again), "arrays": 0} == {**vars(adapter), "arrays": 0}
+
+
+def test_the_base_that_it_was_trained_on_is_remembered(tmp_path, params, rng):
+    """In the metadata of the tensors, where PEFT does not stumble over it."""
+    for name, attach in (("qlora", qlora.attach), ("lora", lora.attach)):
+        save_adapter(tmp_path / name, lora.detach(attach(params, TARGETS, rng=rng))[1])
+        assert load_adapter(tmp_path / name).over_nf4 == (name == "qlora")
+        PeftModel.from_pretrained(torch_llama(), tmp_path / name)
+    torch_adapter(tmp_path / "theirs")
+    assert not load_adapter(tmp_path / "theirs").over_nf4
 
 
 def test_minimal_configuration_and_sixteen_bits(tmp_path):
@@ -254,8 +264,9 @@ def test_a_setting_that_is_not_saved_is_noticed(tmp_path, adapter, forgotten, mo
 def test_swapped_matrices_are_noticed(tmp_path, adapter, monkeypatch):
     write = peft_adapter.write_safetensors
 
-    def swap(path, arrays):
-        write(path, {n.replace("_A", "_X").replace("_B", "_A").replace("_X", "_B"): a for n, a in arrays.items()})
+    def swap(path, arrays, metadata):
+        swapped = {n.replace("_A", "_X").replace("_B", "_A").replace("_X", "_B"): a for n, a in arrays.items()}
+        write(path, swapped, metadata)
 
     monkeypatch.setattr(peft_adapter, "write_safetensors", swap)
     with pytest.raises(FormatError, match="found shape"):
