@@ -239,8 +239,11 @@ def backbone(
     recompute    keep only each block's input and run the block again in the backward pass: a third more work for
                  a fraction of the memory, and nothing at all kept while no one calls `vjp`
 
-    Blocks below the lowest one in which something learns keep no activations and take no part in the backward pass.
+    Blocks below the lowest one in which something learns keep no activations and take no part in the backward pass; a
+    pass with a cache keeps none at all and has no pullback. ValueError for a prefix together with a cache.
     """
+    if prefix is not None and cache is not None:
+        raise ValueError("a prefix and a cache: put the prefix into the cache instead, `cache.put_prefix(prefix)`")
     from_tokens = np.issubdtype(inputs.dtype, np.integer)
     if from_tokens:
         x, embedding_vjp = embedding(inputs, params[EMBEDDING])  # (B, T, d)
@@ -257,7 +260,7 @@ def backbone(
     pullbacks: dict[int, Callable] = {}
     for layer in range(config.num_hidden_layers):
         y, block_vjp = run(layer, x)
-        if layer >= lowest:
+        if layer >= lowest and cache is None:
             pullbacks[layer] = _again(run, layer, x) if recompute else block_vjp
         x = y
     hidden, norm_vjp = rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)

@@ -4,12 +4,14 @@ If the shape of `y, vjp`, of a weight, or of the trunk were wrong for one method
 """
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from minift.conformance.gradients import assert_derivative, check_gradients
 from minift.models import llama
+from minift.nn.attention import KVCache
 from minift.nn.embedding import embedding
 from minift.nn.linear import linear
 from minift.nn.losses import IGNORE_INDEX, cross_entropy
@@ -222,6 +224,35 @@ def test_loss_gradient_end_to_end(rng, tokens):
     logits, vjp = llama.forward(params, tokens, CONFIG)
     gradients = vjp(cross_entropy(logits, labels)[1](1.0))
     assert_derivative(along, sum(float(np.vdot(gradients[n], direction[n])) for n in params), "loss")
+
+
+def test_generation_keeps_no_activations(rng):
+    """The peak of memory is the same whether the weights could learn or not, and far below that of a training pass."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=12)
+    params, tokens = model(rng, config), rng.integers(0, CONFIG.vocab_size, (1, 60))
+
+    def peak(function):
+        tracemalloc.start()
+        function()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    learning = peak(lambda: llama.generate(params, tokens, config, 2))
+    frozen = peak(lambda: llama.generate(freeze(params), tokens, config, 2))
+    training = peak(lambda: llama.forward(params, tokens, config))
+    evaluation = peak(lambda: llama.forward(params, tokens, config, recompute=True))
+    assert learning < 1.1 * frozen
+    assert evaluation < training / 4
+    with pytest.raises(ValueError, match="has no pullback"):
+        cache = KVCache(12, 1, 2, 60, 6, np.float64)
+        llama.backbone(params, tokens, config, cache=cache)[1](np.zeros((1, 60, 12)))
+
+
+def test_a_prefix_belongs_into_the_cache(rng, tokens):
+    prefix = rng.standard_normal((2, 2, 2, 3, 6))
+    with pytest.raises(ValueError, match="put the prefix into the cache"):
+        llama.backbone(model(rng), tokens, CONFIG, prefix=prefix, cache=KVCache(2, 3, 2, 9, 6, np.float64))
 
 
 def test_the_frozen_model_has_no_gradient_and_its_bytes_do_not_change(rng, tokens):
