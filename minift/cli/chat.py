@@ -36,6 +36,8 @@ class Chat:
     """Sample from the likeliest tokens that together have this probability."""
     seed: int = 0
     """For sampling."""
+    out: Path | None = None
+    """A folder for summary.json, which holds the same as --json."""
     json: bool = False
     """Print the conversation as one JSON object on the last line."""
 
@@ -71,7 +73,7 @@ class Chat:
                 pass
             print()
             messages.append(Message("assistant", reply))
-        emit({"messages": [{"role": m.role, "content": m.content} for m in messages]}, self.json)
+        emit({"messages": [{"role": m.role, "content": m.content} for m in messages]}, self.json, self.out)
         return 0
 
 

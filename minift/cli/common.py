@@ -17,7 +17,7 @@ from minift.data import jsonl, stdlib_docs
 from minift.data.batches import Batch, Encoded, batch_indices, pad
 from minift.data.example import Example, Message
 from minift.data.templates import encode_all, encode_prompt, end_of_turn
-from minift.io import Tokenizer, load_adapter, load_model
+from minift.io import Tokenizer, atomic_write, load_adapter, load_model
 from minift.models import llama
 from minift.nn.weight import Frozen, Params, dense
 from minift.peft import lora, qlora
@@ -25,8 +25,11 @@ from minift.peft import lora, qlora
 console = Console(highlight=False)
 
 
-def emit(result: dict[str, Any], as_json: bool) -> None:
-    """With --json the last line of stdout is one JSON object."""
+def emit(result: dict[str, Any], as_json: bool, folder: Path | None = None) -> None:
+    """What a command found, in numbers: `summary.json` in its --out, and with --json the last line of stdout."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "summary.json", (json.dumps(result, indent=2) + "\n").encode())
     if as_json:
         sys.stdout.flush()
         print(json.dumps(result), flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -162,9 +161,8 @@ class Finetune:
             "adapter": str(saved),
             "loss_curve": str(self.out / "loss.png"),
         }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         _show(summary, questions, before, after)
-        emit(summary, self.json)
+        emit(summary, self.json, self.out)
         return 0
 
     def _settings(self, config: llama.Config) -> Settings:

@@ -41,6 +41,8 @@ class Generate:
     """Sample from the likeliest tokens that together have this probability."""
     seed: int = 0
     """For sampling."""
+    out: Path | None = None
+    """A folder for summary.json, which holds the same as --json."""
     json: bool = False
     """Print the result as one JSON object on the last line."""
 
@@ -65,5 +67,5 @@ class Generate:
             print(piece, end="", flush=True)
         print()
         seconds = time.perf_counter() - started
-        emit({"text": text, "tokens": len(tokenizer.encode(text)), "seconds": round(seconds, 2)}, self.json)
+        emit({"text": text, "tokens": len(tokenizer.encode(text)), "seconds": round(seconds, 2)}, self.json, self.out)
         return 0

@@ -26,6 +26,8 @@ class Info:
     """tiny (built in), a Hugging Face folder, a .gguf file, or an adapter folder."""
     tensors: bool = False
     """List every tensor."""
+    out: Path | None = None
+    """A folder for summary.json, which holds the same as --json."""
     json: bool = False
     """Print the result as one JSON object on the last line."""
 
@@ -47,7 +49,7 @@ class Info:
         if self.tensors:
             for name, weight in params.items():
                 console.print(f"{name:<50} {_describe(weight)}", markup=False)
-        emit({"parameters": total, "bytes": nbytes, "config": dataclasses.asdict(config)}, self.json)
+        emit({"parameters": total, "bytes": nbytes, "config": dataclasses.asdict(config)}, self.json, self.out)
         return 0
 
     def _adapter(self) -> int:
@@ -59,7 +61,7 @@ class Info:
         size = sum(array.size for array in adapter.arrays.values())
         nbytes = sum(array.nbytes for array in adapter.arrays.values())
         facts = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "target_modules": list(adapter.target_modules)}
-        emit({"parameters": size, "bytes": nbytes} | facts, self.json)
+        emit({"parameters": size, "bytes": nbytes} | facts, self.json, self.out)
         return 0
 
 

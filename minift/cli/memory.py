@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
@@ -37,6 +39,8 @@ class Memory:
     """Precision of what is not quantized; minift itself computes in 32."""
     recompute: bool = False
     """Keep one block's activations at a time."""
+    out: Path | None = None
+    """A folder for summary.json, which holds the same as --json."""
     json: bool = False
     """Print the result as one JSON object on the last line."""
 
@@ -64,11 +68,9 @@ class Memory:
         table.add_row("[bold]total[/bold]", f"[bold]{_gb(total)}[/bold]", f"{_gb(without)} without activations")
         console.print(table)
         found = {item.name.replace(" ", "_"): round(item.nbytes) for item in items}
-        parameters = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in llama.shapes(config).values())
-        emit(
-            {"model": self.model, "method": self.method, "parameters": parameters, "total": round(total)} | found,
-            self.json,
-        )
+        parameters = sum(math.prod(shape) for shape in llama.shapes(config).values())
+        facts = {"model": self.model, "method": self.method, "parameters": parameters, "total": round(total)}
+        emit(facts | found, self.json, self.out)
         return 0
 
     def _paper(self) -> int:
@@ -87,7 +89,7 @@ class Memory:
                 f"{row['fewer']:,.0f}×",
             )
         console.print(table)
-        emit({"rows": rows}, self.json)
+        emit({"rows": rows}, self.json, self.out)
         return 0
 
 

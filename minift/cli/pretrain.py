@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -152,12 +151,11 @@ class Pretrain:
             "peak_memory_bytes": peak_memory_bytes(),
             "model": str(self.out / "model"),
         }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         console.print(
             f"held-out loss {summary['eval_loss_before']:.3f} → {best:.3f} at step {best_step}, "
             f"{summary['eval_loss_stored']:.3f} as stored ({summary['file_bytes'] / 1e6:.2f} MB in {summary['model']})"
         )
-        emit(summary, self.json)
+        emit(summary, self.json, self.out)
         return 0
 
 

@@ -190,6 +190,15 @@ def test_memory_of_the_built_in_model_is_what_it_takes(call, tmp_path):
     assert (run["trainable_bytes"], run["optimizer_bytes"]) == (bill["adapters"], bill["optimizer_state"])
 
 
+@pytest.mark.parametrize(
+    "arguments", [["memory"], ["info"], ["generate", "Hello", "--max-new-tokens", "2"], ["memory", "--model", "GPT-3"]]
+)
+def test_out_holds_what_json_prints(call, tmp_path, arguments):
+    status, result, _ = call(*arguments, "--out", tmp_path / "new" / "folder", "--json")
+    assert status == 0
+    assert json.loads((tmp_path / "new" / "folder" / "summary.json").read_text()) == result
+
+
 def test_memory_of_the_lora_paper(call):
     rows = {row["model"]: row for row in call("memory", "--model", "lora-paper", "--json")[1]["rows"]}
     assert rows["GPT-3"]["lora_parameters"] == 4_718_592  # 4.7M, table 4
