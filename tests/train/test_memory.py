@@ -1,0 +1,66 @@
+"""The bill against what is really allocated."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from minift.data.batches import Batch
+from minift.models import llama
+from minift.train import memory, sft
+from minift.train.methods import prepare
+
+WIDE = llama.Config(512, 64, 176, 6, 4, 2, 16)
+DEEP = llama.Config(512, 64, 96, 8, 4, 4, 16)
+TIED = llama.Config(2048, 128, 352, 4, 4, 2, 32, tie_word_embeddings=True)
+
+
+def bytes_of(items):
+    return {item.name: item.nbytes for item in items}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("config", [WIDE, DEEP, TIED])
+def test_activations_are_billed_to_a_fifth(config, recompute):
+    """The highest point of a training step, without the gradients that it ends with. (The bill counts what pullbacks
+    keep; a cotangent more or less is on its way at the highest point.)"""
+    rng = np.random.default_rng(0)
+    params = llama.initialize(config, rng)
+    tokens = rng.integers(0, config.vocab_size, (4, 96)).astype(np.int32)
+    batch = Batch(tokens, tokens, np.full(4, 96, np.int32))
+    tracemalloc.start()
+    _, vjp = sft.loss(params, batch, config, recompute=recompute)
+    gradients = vjp(1.0)
+    peak = tracemalloc.get_traced_memory()[1] - sum(g.nbytes for g in gradients.values())
+    tracemalloc.stop()
+    billed = bytes_of(memory.bill(config, "full", batch_size=4, seq_len=96, recompute=recompute))["activations"]
+    assert 4 / 5 < peak / billed < 6 / 5
+
+
+@pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
+def test_weights_adapters_and_gradients_are_billed_exactly(method):
+    rng = np.random.default_rng(0)
+    params, config = prepare(
+        method, llama.initialize(WIDE, rng), WIDE, rng=rng, r=3, target_modules=["q_proj", "up_proj"]
+    )
+    billed = bytes_of(memory.bill(WIDE, method, r=3, target_modules=["q_proj", "up_proj"], seq_len=4))
+    y, vjp = llama.forward(params, np.zeros((1, 4), np.int32), config)
+    gradients = vjp(rng.standard_normal(y.shape, np.float32))
+    assert billed["gradients"] == sum(g.nbytes for g in gradients.values())
+    assert billed["optimizer state"] == 2 * billed["gradients"]
+    if method in ("lora", "qlora"):
+        assert billed["adapters"] == billed["gradients"]
+    held = sum(w.nbytes for w in params.values()) - billed.get("adapters", 0)
+    kinds = ("weights", "weights in 4 bits", "quantization constants", "other weights")
+    if method == "qlora":  # each tensor also has an offset and a last nested block that is not full
+        assert 0 < held - sum(billed.get(kind, 0) for kind in kinds) < 8 * 7 * WIDE.num_hidden_layers
+    else:
+        assert billed["weights"] == held
+
+
+def test_sixteen_bits_halve_what_is_not_quantized():
+    full, half = (bytes_of(memory.bill(WIDE, "lora", weight_bits=bits)) for bits in (32, 16))
+    assert half["weights"] == full["weights"] / 2
+    assert half["activations"] == full["activations"] / 2
+    assert half["adapters"] == full["adapters"]
+    assert half["optimizer state"] == full["optimizer state"]
