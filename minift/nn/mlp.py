@@ -36,7 +36,7 @@ def swiglu(
 
 
 def gelu(x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.ndarray, "*shape"], Callable]:
-    """Weigh x by the share of a standard normal below it.            (Hendrycks & Gimpel 2016, arXiv 1606.08415, eq. 1)
+    """Weigh x by the share of a standard normal below it.            (Hendrycks & Gimpel 2016, arXiv 1606.08415, §2)
 
         y = x Φ(x)        Φ(x) = ½ (1 + erf(x / √2))        dy/dx = Φ(x) + x φ(x)                       (2)
 
