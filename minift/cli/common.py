@@ -22,7 +22,17 @@ from minift.models import llama
 from minift.nn.weight import Frozen, Params, dense
 from minift.peft import lora, qlora
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    """Rich leaves with status 1 when the reader of our output has gone; `main` knows what to do then."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+# Names of files, questions and answers are printed as they are: [/x] is no markup, :x: no emoji, and a line stays a
+# line when it goes into a file or through grep.
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, folder: Path | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from minift.cli.common import (
     answer,
@@ -118,10 +119,11 @@ class Finetune:
         )
         learned = sum(array.size for array in trainable(params).values())
         console.print(
-            f"[bold]{self.method}[/bold] on {self.model}: {learned:,} of {total:,} parameters learn "
-            f"({learned / total:.2%}); {len(data.train):,} examples, {len(data.held_out):,} held out"
+            Text(self.method, style="bold"),
+            f"on {self.model}: {learned:,} of {total:,} parameters learn "
+            f"({learned / total:.2%}); {len(data.train):,} examples, {len(data.held_out):,} held out",
         )
-        questions = data.conversations[:3]
+        questions = [asked for example in data.conversations if (asked := _to_the_last_answer(example))][:3]
         before = _answers(params, config, tokenizer, questions)
 
         def loss(params, batch, normalizer, key):
@@ -199,8 +201,18 @@ class Finetune:
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
     ready = for_inference(params)
     texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
-    lines = (" ".join(text.split()) for text in texts)
-    return [line if len(line) <= LINE else line[:LINE] + " …" for line in lines]
+    return [_line(text) for text in texts]
+
+
+def _to_the_last_answer(example: Example) -> Example | None:
+    """A conversation up to and with its last answer; None where that answers nothing."""
+    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+    return Example(example.messages[: last + 1]) if last else None
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LINE else line[:LINE] + " …"
 
 
 def _weight_bytes(params: Params) -> int:
@@ -221,6 +233,7 @@ def _show(summary: dict[str, Any], questions: list[Example], before: list[str], 
     table.add_row("saved", summary["adapter"])
     console.print(table)
     for question, old, new in zip(questions, before, after, strict=True):
-        console.print(f"\n[bold]{question.messages[-2].content}[/bold]", markup=True)
-        for label, text in (("before", old), ("after", new), ("the answer", question.answer)):
-            console.print(f"  {label:<12}{text}", markup=False)
+        asked, wanted = (_line(message.content) for message in question.messages[-2:])
+        console.print(f"\n{asked}", style="bold")
+        for label, text in (("before", old), ("after", new), ("the answer", wanted)):
+            console.print(f"  {label:<12}{text}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from minift.cli.common import console, emit
 from minift.io import load_model
@@ -65,7 +66,7 @@ class Memory:
             table.add_column(heading, justify=side)  # type: ignore[arg-type]
         for item in items:
             table.add_row(item.name, _gb(item.nbytes), item.how)
-        table.add_row("[bold]total[/bold]", f"[bold]{_gb(total)}[/bold]", f"{_gb(without)} without activations")
+        table.add_row(Text("total", "bold"), Text(_gb(total), "bold"), f"{_gb(without)} without activations")
         console.print(table)
         found = {item.name.replace(" ", "_"): round(item.nbytes) for item in items}
         parameters = sum(math.prod(shape) for shape in llama.shapes(config).values())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
+from rich.text import Text
 
 from minift.cli.common import batches_of, console, emit, peak_memory_bytes
 from minift.cli.watch import Watcher, draw_losses
@@ -103,8 +104,9 @@ class Pretrain:
         params = llama.initialize(config, rng)
         size = sum(array.size for array in params.values())
         console.print(
-            f"[bold]pretrain[/bold] {self.preset}: {size:,} parameters, {sum(len(t) for t, _ in train):,} training "
-            f"tokens, {sum(len(t) for t, _ in held_out):,} held out"
+            Text("pretrain", style="bold"),
+            f"{self.preset}: {size:,} parameters, {sum(len(t) for t, _ in train):,} training "
+            f"tokens, {sum(len(t) for t, _ in held_out):,} held out",
         )
 
         def loss(params, batch, normalizer, key):

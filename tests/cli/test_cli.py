@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +79,35 @@ def test_finetune_on_a_file(call, tmp_path):
     assert status == 0
     assert result["trainable_parameters"] == 4 * 2 * ((128 + 128) + (128 + 64))
     assert load_adapter(tmp_path / "run" / "adapter").target_modules == ("q_proj", "v_proj")
+
+
+def test_questions_are_shown_as_they_are(call, tmp_path, monkeypatch):
+    """No markup, no emoji, no line wrapped; of a conversation its last answer, and nothing of what nobody asked."""
+    monkeypatch.setenv("COLUMNS", "60")
+    asked = "[/red] :cat: " + 7 * "word "
+    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello {}."), ("user", asked)]
+    forms = {
+        "multi": [*turns, ("assistant", "[bold] {}.")],
+        "thanks": [*turns, ("assistant", "[bold] {}."), ("user", "Thanks.")],
+        "unasked": [("assistant", "Hello {}.")],
+    }
+    for name, form in forms.items():
+        lines = (
+            json.dumps({"messages": [{"role": role, "content": text.format(i)} for role, text in form]})
+            for i in range(60)
+        )
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        status, _, captured = call("finetune", "--data", tmp_path / f"{name}.jsonl", *QUICK, "--out", tmp_path / name)
+        assert status == 0
+        assert (f"\n{asked.strip()}\n" in captured.out) == (name != "unasked")
+        assert ("  the answer  [bold] " in captured.out) == (name != "unasked")
+        assert "Hello" not in captured.out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m minift info tiny --tensors | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_generate_and_merge_and_info(call, tmp_path, finetuned):
