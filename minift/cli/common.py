@@ -79,6 +79,11 @@ def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: in
                 f"{name}: {part.truncated:,} examples cut to {seq_len} tokens, {part.dropped:,} left out because their "
                 "answer lay beyond; raise --seq-len to keep them"
             )
+        if not part.examples and name == "held-out" and not held_out:
+            raise ValueError(
+                f"{source}: no example is held out, needed some to measure on; add examples, "
+                "or make a folder with train.jsonl and valid.jsonl"
+            )
         if not part.examples:
             raise ValueError(f"{source}: no {name} example with an answer within {seq_len} tokens")
     conversations = [example for example in held_out if example.messages]

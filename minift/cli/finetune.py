@@ -31,7 +31,7 @@ from minift.optim.schedules import Schedule
 from minift.peft import lora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
-from minift.train.loop import Result, Settings, fit
+from minift.train.loop import Result, Settings, at_least, fit
 from minift.train.methods import Method, prepare
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
@@ -101,7 +101,11 @@ class Finetune:
 
     def run(self) -> int:
         started = time.perf_counter()
+        at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        at_least(1, eval_examples=self.eval_examples)
+        at_least(2, seq_len=self.seq_len)
         config, params = load_model(self.model)
+        settings = self._settings(config)
         tokenizer = load_tokenizer(self.model)
         data = read_data(self.data, tokenizer, self.seq_len, self.eval_examples)
         total = sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
@@ -134,7 +138,7 @@ class Finetune:
                 params,
                 loss,
                 batches_of(data.train, self.batch_size, self.gradient_accumulation_steps, self.seed),
-                self._settings(config),
+                settings,
                 evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
                 folder=self.out,
                 identity=self._identity(),
@@ -170,7 +174,9 @@ class Finetune:
     def _settings(self, config: llama.Config) -> Settings:
         return Settings(
             steps=self.steps,
-            learning_rate=self.learning_rate or PER_WIDTH[self.method] / config.hidden_size,
+            learning_rate=PER_WIDTH[self.method] / config.hidden_size
+            if self.learning_rate is None
+            else self.learning_rate,
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,

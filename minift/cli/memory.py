@@ -13,6 +13,7 @@ from rich.text import Text
 from minift.cli.common import console, emit
 from minift.io import load_model
 from minift.models import llama
+from minift.train.loop import at_least
 from minift.train.memory import LORA_PAPER, SIZES, bill, lora_paper
 from minift.train.methods import Method
 
@@ -46,6 +47,7 @@ class Memory:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
+        at_least(1, r=self.r, batch_size=self.batch_size, seq_len=self.seq_len)
         if self.model == "lora-paper" or self.model in LORA_PAPER:
             return self._paper()
         config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]

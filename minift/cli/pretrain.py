@@ -23,7 +23,7 @@ from minift.models import llama
 from minift.peft import qlora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
-from minift.train.loop import Settings, fit
+from minift.train.loop import Settings, at_least, fit
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -89,6 +89,18 @@ class Pretrain:
 
     def run(self) -> int:
         started = time.perf_counter()
+        at_least(1, batch_size=self.batch_size)
+        at_least(2, seq_len=self.seq_len)
+        settings = Settings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=max(1, self.steps // 20),
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            eval_every=self.eval_every,
+            save_every=self.eval_every,
+            keep_best=True,
+        )
         config, found = PRESETS[self.preset], stdlib_docs.embedded()
         train_text, held_out_text = (
             [*map(_entry, pairs), *(e.text for e in text)]
@@ -117,16 +129,7 @@ class Pretrain:
                 params,
                 loss,
                 batches_of(train, self.batch_size, 1, self.seed),
-                Settings(
-                    steps=self.steps,
-                    learning_rate=self.learning_rate,
-                    warmup_steps=max(1, self.steps // 20),
-                    weight_decay=self.weight_decay,
-                    seed=self.seed,
-                    eval_every=self.eval_every,
-                    save_every=self.eval_every,
-                    keep_best=True,
-                ),
+                settings,
                 evaluate=lambda p: held_out_loss(p, held_out, config),
                 folder=self.out,
                 identity={"preset": self.preset, "batch_size": self.batch_size, "seq_len": self.seq_len},

@@ -35,9 +35,16 @@ Loss = Callable[[Params, Batch, float, int], tuple[np.floating, Callable]]
 Record = dict[str, Any]
 
 
+def at_least(least: int, **values: float) -> None:
+    """ValueError with the name of the first value that is less, NaN or infinite."""
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}, needed {least} or more")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the loop itself can be told."""
+    """What the loop itself can be told. ValueError for a number out of range."""
 
     steps: int = 300
     learning_rate: float = 1e-3
@@ -49,6 +56,13 @@ class Settings:
     eval_every: int = 100
     save_every: int = 100
     keep_best: bool = False  # end with the parameters of the lowest held-out loss instead of the last ones
+
+    def __post_init__(self):
+        at_least(0, steps=self.steps, warmup_steps=self.warmup_steps, seed=self.seed)
+        at_least(1, eval_every=self.eval_every, save_every=self.save_every)
+        at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, needed a positive number")
 
 
 @dataclass
@@ -84,7 +98,8 @@ def fit(
     folder            where checkpoints and `metrics.jsonl` go; Ctrl-C, or a polite kill, leaves a checkpoint there
     identity          what the run is (model, data, method); a checkpoint of another identity is not resumed
 
-    FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite or nothing learns.
+    FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite
+    or nothing learns.
     """
     arrays = checkpoint.copy(trainable(params))
     if not arrays:
