@@ -24,7 +24,7 @@ from minift.cli.common import (
 )
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.example import Example
-from minift.io import load_model, load_tokenizer, save_adapter, save_model
+from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model
 from minift.models import llama
 from minift.nn.weight import Params, trainable
 from minift.optim.schedules import Schedule
@@ -104,6 +104,7 @@ class Finetune:
         at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
         at_least(1, eval_examples=self.eval_examples)
         at_least(2, seq_len=self.seq_len)
+        refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
         config, params = load_model(self.model)
         settings = self._settings(config)
         tokenizer = load_tokenizer(self.model)
@@ -193,15 +194,18 @@ class Finetune:
             "target_modules": list(self.target_modules)
         }
 
+    @property
+    def _result(self) -> Path:
+        return self.out / ("adapter" if self.method in ("lora", "qlora") else "model")
+
     def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
         """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
         if self.method in ("lora", "qlora"):
             base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-            save_adapter(self.out / "adapter", lora.detach(result.params)[1], base, overwrite=True)
-            return self.out / "adapter"
-        params = for_inference(result.params)
-        save_model(self.out / "model", config, params, tokenizer, overwrite=True)
-        return self.out / "model"
+            save_adapter(self._result, lora.detach(result.params)[1], base, overwrite=True)
+        else:
+            save_model(self._result, config, for_inference(result.params), tokenizer, overwrite=True)
+        return self._result
 
 
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:

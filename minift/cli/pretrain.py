@@ -18,7 +18,7 @@ from minift.data import stdlib_docs
 from minift.data.batches import Encoded, chunks
 from minift.data.example import Example
 from minift.data.templates import CHATML
-from minift.io import Tokenizer, save_model
+from minift.io import Tokenizer, refuse_to_destroy, save_model
 from minift.models import llama
 from minift.peft import qlora
 from minift.train import sft
@@ -101,6 +101,7 @@ class Pretrain:
             save_every=self.eval_every,
             keep_best=True,
         )
+        refuse_to_destroy(self.out / "model", {"config.json"})
         config, found = PRESETS[self.preset], stdlib_docs.embedded()
         train_text, held_out_text = (
             [*map(_entry, pairs), *(e.text for e in text)]

@@ -122,6 +122,29 @@ def test_one_example_is_too_few(call, tmp_path):
     assert "one.jsonl: no example is held out" in captured.err
 
 
+def test_what_lies_in_the_way_is_found_before_the_work(call, tmp_path, finetuned):
+    (tmp_path / "file").write_text("notes")
+    notes = tmp_path / "notes" / "adapter"
+    notes.mkdir(parents=True)
+    (notes / "notes.txt").write_text("notes")
+    (tmp_path / "notes" / "model").symlink_to(notes)
+    for command in (["finetune", *QUICK], ["finetune", *QUICK, "--method", "full"], ["pretrain", "--steps", "1"]):
+        for out, message in (("file", "found a file"), ("notes", "found a folder with other things (notes.txt)")):
+            status, _, captured = call(*command, "--out", tmp_path / out)
+            assert (status, captured.out) == (2, "")
+            assert message in captured.err
+    for out, message in (("file", "found a file"), ("notes/adapter", "found a folder that is not empty")):
+        status, _, captured = call("merge", "--adapter", finetuned, "--out", tmp_path / out)
+        assert status == 2
+        assert message in captured.err
+    status, _, captured = call("merge", "--adapter", finetuned, "--out", notes, "--overwrite")
+    assert status == 2
+    assert "other things" in captured.err
+    assert sorted(p.name for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "run")) == [
+        *("adapter", "file", "model", "notes", "notes.txt")
+    ]
+
+
 def test_generate_and_merge_and_info(call, tmp_path, finetuned):
     question = "What does `math.isqrt` do?"
     status, with_adapter, captured = call(
