@@ -22,7 +22,17 @@ from minift.models import llama
 from minift.nn.weight import Frozen, Params, dense
 from minift.peft import lora, qlora
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    """Rich leaves with status 1 when the reader of our output has gone; `main` knows what to do then."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+# Names of files, questions and answers are printed as they are: [/x] is no markup, :x: no emoji, and a line stays a
+# line when it goes into a file or through grep.
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, folder: Path | None = None) -> None:
@@ -68,6 +78,11 @@ def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: in
             console.print(
                 f"{name}: {part.truncated:,} examples cut to {seq_len} tokens, {part.dropped:,} left out because their "
                 "answer lay beyond; raise --seq-len to keep them"
+            )
+        if not part.examples and name == "held-out" and not held_out:
+            raise ValueError(
+                f"{source}: no example is held out, needed some to measure on; add examples, "
+                "or make a folder with train.jsonl and valid.jsonl"
             )
         if not part.examples:
             raise ValueError(f"{source}: no {name} example with an answer within {seq_len} tokens")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from minift.cli.common import (
     answer,
@@ -23,14 +24,14 @@ from minift.cli.common import (
 )
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.example import Example
-from minift.io import load_model, load_tokenizer, save_adapter, save_model
+from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model
 from minift.models import llama
 from minift.nn.weight import Params, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
-from minift.train.loop import Result, Settings, fit
+from minift.train.loop import Result, Settings, at_least, fit
 from minift.train.methods import Method, prepare
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
@@ -100,7 +101,12 @@ class Finetune:
 
     def run(self) -> int:
         started = time.perf_counter()
+        at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        at_least(1, eval_examples=self.eval_examples)
+        at_least(2, seq_len=self.seq_len)
+        refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
         config, params = load_model(self.model)
+        settings = self._settings(config)
         tokenizer = load_tokenizer(self.model)
         data = read_data(self.data, tokenizer, self.seq_len, self.eval_examples)
         total = sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
@@ -118,10 +124,11 @@ class Finetune:
         )
         learned = sum(array.size for array in trainable(params).values())
         console.print(
-            f"[bold]{self.method}[/bold] on {self.model}: {learned:,} of {total:,} parameters learn "
-            f"({learned / total:.2%}); {len(data.train):,} examples, {len(data.held_out):,} held out"
+            Text(self.method, style="bold"),
+            f"on {self.model}: {learned:,} of {total:,} parameters learn "
+            f"({learned / total:.2%}); {len(data.train):,} examples, {len(data.held_out):,} held out",
         )
-        questions = data.conversations[:3]
+        questions = [asked for example in data.conversations if (asked := _to_the_last_answer(example))][:3]
         before = _answers(params, config, tokenizer, questions)
 
         def loss(params, batch, normalizer, key):
@@ -132,7 +139,7 @@ class Finetune:
                 params,
                 loss,
                 batches_of(data.train, self.batch_size, self.gradient_accumulation_steps, self.seed),
-                self._settings(config),
+                settings,
                 evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
                 folder=self.out,
                 identity=self._identity(),
@@ -168,7 +175,9 @@ class Finetune:
     def _settings(self, config: llama.Config) -> Settings:
         return Settings(
             steps=self.steps,
-            learning_rate=self.learning_rate or PER_WIDTH[self.method] / config.hidden_size,
+            learning_rate=PER_WIDTH[self.method] / config.hidden_size
+            if self.learning_rate is None
+            else self.learning_rate,
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
@@ -185,22 +194,35 @@ class Finetune:
             "target_modules": list(self.target_modules)
         }
 
+    @property
+    def _result(self) -> Path:
+        return self.out / ("adapter" if self.method in ("lora", "qlora") else "model")
+
     def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
         """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
         if self.method in ("lora", "qlora"):
             base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-            save_adapter(self.out / "adapter", lora.detach(result.params)[1], base, overwrite=True)
-            return self.out / "adapter"
-        params = for_inference(result.params)
-        save_model(self.out / "model", config, params, tokenizer, overwrite=True)
-        return self.out / "model"
+            save_adapter(self._result, lora.detach(result.params)[1], base, overwrite=True)
+        else:
+            save_model(self._result, config, for_inference(result.params), tokenizer, overwrite=True)
+        return self._result
 
 
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
     ready = for_inference(params)
     texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
-    lines = (" ".join(text.split()) for text in texts)
-    return [line if len(line) <= LINE else line[:LINE] + " …" for line in lines]
+    return [_line(text) for text in texts]
+
+
+def _to_the_last_answer(example: Example) -> Example | None:
+    """A conversation up to and with its last answer; None where that answers nothing."""
+    last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+    return Example(example.messages[: last + 1]) if last else None
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LINE else line[:LINE] + " …"
 
 
 def _weight_bytes(params: Params) -> int:
@@ -221,6 +243,7 @@ def _show(summary: dict[str, Any], questions: list[Example], before: list[str], 
     table.add_row("saved", summary["adapter"])
     console.print(table)
     for question, old, new in zip(questions, before, after, strict=True):
-        console.print(f"\n[bold]{question.messages[-2].content}[/bold]", markup=True)
-        for label, text in (("before", old), ("after", new), ("the answer", question.answer)):
-            console.print(f"  {label:<12}{text}", markup=False)
+        asked, wanted = (_line(message.content) for message in question.messages[-2:])
+        console.print(f"\n{asked}", style="bold")
+        for label, text in (("before", old), ("after", new), ("the answer", wanted)):
+            console.print(f"  {label:<12}{text}")

@@ -45,19 +45,19 @@ class Info:
         table.add_row("parameters", f"{total:,}")
         table.add_row("in memory", f"{nbytes / 1e6:,.2f} MB, {8 * nbytes / total:.2f} bits a parameter")
         table.add_row("tokenizer", repr(tokenizer))
-        console.print(table, markup=False)
+        console.print(table)
         if self.tensors:
             for name, weight in params.items():
-                console.print(f"{name:<50} {_describe(weight)}", markup=False)
+                console.print(f"{name:<50} {_describe(weight)}")
         emit({"parameters": total, "bytes": nbytes, "config": dataclasses.asdict(config)}, self.json, self.out)
         return 0
 
     def _adapter(self) -> int:
         adapter = load_adapter(self.source)
-        console.print(repr(adapter), markup=False)
+        console.print(repr(adapter))
         if self.tensors:
             for name, array in adapter.arrays.items():
-                console.print(f"{name:<60} {_describe(array)}", markup=False)
+                console.print(f"{name:<60} {_describe(array)}")
         size = sum(array.size for array in adapter.arrays.values())
         nbytes = sum(array.nbytes for array in adapter.arrays.values())
         facts = {"r": adapter.r, "lora_alpha": adapter.lora_alpha, "target_modules": list(adapter.target_modules)}

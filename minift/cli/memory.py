@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from minift.cli.common import console, emit
 from minift.io import load_model
 from minift.models import llama
+from minift.train.loop import at_least
 from minift.train.memory import LORA_PAPER, SIZES, bill, lora_paper
 from minift.train.methods import Method
 
@@ -45,6 +47,7 @@ class Memory:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
+        at_least(1, r=self.r, batch_size=self.batch_size, seq_len=self.seq_len)
         if self.model == "lora-paper" or self.model in LORA_PAPER:
             return self._paper()
         config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]
@@ -65,7 +68,7 @@ class Memory:
             table.add_column(heading, justify=side)  # type: ignore[arg-type]
         for item in items:
             table.add_row(item.name, _gb(item.nbytes), item.how)
-        table.add_row("[bold]total[/bold]", f"[bold]{_gb(total)}[/bold]", f"{_gb(without)} without activations")
+        table.add_row(Text("total", "bold"), Text(_gb(total), "bold"), f"{_gb(without)} without activations")
         console.print(table)
         found = {item.name.replace(" ", "_"): round(item.nbytes) for item in items}
         parameters = sum(math.prod(shape) for shape in llama.shapes(config).values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minift.cli.common import Base, console, emit, for_inference, load_with_adapter
-from minift.io import load_tokenizer, save_model
+from minift.io import FormatError, load_tokenizer, refuse_to_destroy, save_model
 from minift.peft import lora
 
 
@@ -35,6 +35,9 @@ class Merge:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
+        if not self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
+            raise FormatError(self.out, "", "a folder that is not empty", "an empty or new one, or --overwrite")
+        refuse_to_destroy(self.out, {"config.json"})
         config, params = load_with_adapter(self.model, self.adapter, self.base)
         changed = sum(isinstance(weight, lora.LoRA) for weight in params.values())
         merged = for_inference(lora.merge(params))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
+from rich.text import Text
 
 from minift.cli.common import batches_of, console, emit, peak_memory_bytes
 from minift.cli.watch import Watcher, draw_losses
@@ -17,12 +18,12 @@ from minift.data import stdlib_docs
 from minift.data.batches import Encoded, chunks
 from minift.data.example import Example
 from minift.data.templates import CHATML
-from minift.io import Tokenizer, save_model
+from minift.io import Tokenizer, refuse_to_destroy, save_model
 from minift.models import llama
 from minift.peft import qlora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
-from minift.train.loop import Settings, fit
+from minift.train.loop import Settings, at_least, fit
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -88,6 +89,19 @@ class Pretrain:
 
     def run(self) -> int:
         started = time.perf_counter()
+        at_least(1, batch_size=self.batch_size)
+        at_least(2, seq_len=self.seq_len)
+        settings = Settings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=max(1, self.steps // 20),
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            eval_every=self.eval_every,
+            save_every=self.eval_every,
+            keep_best=True,
+        )
+        refuse_to_destroy(self.out / "model", {"config.json"})
         config, found = PRESETS[self.preset], stdlib_docs.embedded()
         train_text, held_out_text = (
             [*map(_entry, pairs), *(e.text for e in text)]
@@ -103,8 +117,9 @@ class Pretrain:
         params = llama.initialize(config, rng)
         size = sum(array.size for array in params.values())
         console.print(
-            f"[bold]pretrain[/bold] {self.preset}: {size:,} parameters, {sum(len(t) for t, _ in train):,} training "
-            f"tokens, {sum(len(t) for t, _ in held_out):,} held out"
+            Text("pretrain", style="bold"),
+            f"{self.preset}: {size:,} parameters, {sum(len(t) for t, _ in train):,} training "
+            f"tokens, {sum(len(t) for t, _ in held_out):,} held out",
         )
 
         def loss(params, batch, normalizer, key):
@@ -115,16 +130,7 @@ class Pretrain:
                 params,
                 loss,
                 batches_of(train, self.batch_size, 1, self.seed),
-                Settings(
-                    steps=self.steps,
-                    learning_rate=self.learning_rate,
-                    warmup_steps=max(1, self.steps // 20),
-                    weight_decay=self.weight_decay,
-                    seed=self.seed,
-                    eval_every=self.eval_every,
-                    save_every=self.eval_every,
-                    keep_best=True,
-                ),
+                settings,
                 evaluate=lambda p: held_out_loss(p, held_out, config),
                 folder=self.out,
                 identity={"preset": self.preset, "batch_size": self.batch_size, "seq_len": self.seq_len},

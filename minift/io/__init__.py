@@ -7,7 +7,7 @@ from typing import Any
 
 from minift.io import gguf as _gguf
 from minift.io import huggingface as _huggingface
-from minift.io.atomic import atomic_folder, atomic_write
+from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy
 from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
 from minift.io.peft_adapter import load_adapter, save_adapter
@@ -22,6 +22,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "refuse_to_destroy",
     "save_adapter",
     "save_model",
 ]

@@ -58,7 +58,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
     try:
         yield temporary
-        _refuse_to_destroy(path, {file.name for file in temporary.iterdir()})
+        refuse_to_destroy(path, {file.name for file in temporary.iterdir()})
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             sync(file)
@@ -79,8 +79,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _refuse_to_destroy(path: Path, names: set[str]) -> None:
-    """Somebody who passes the wrong path with `overwrite` shall not lose a folder full of other things."""
+def refuse_to_destroy(path: Path, names: set[str]) -> None:
+    """Somebody who passes the wrong path with `overwrite` shall not lose a folder full of other things.
+
+    FormatError unless `path` is free, empty, or an earlier result: files only, and among them one of `names`."""
+    for above in (path, *path.parents):
+        if above.exists() and not above.is_dir():
+            raise FormatError(above, "", "a file", "a folder, or a name that is free")
     old = list(path.iterdir()) if path.exists() else []
     if folders := [entry.name for entry in old if entry.is_dir()]:
         raise FormatError(path, "", f"the folder {folders[0]!r} inside", "a folder of files that may be replaced")

@@ -70,14 +70,16 @@ class Tokenizer:
         return self._id(self.pad_token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Nothing is added; a special token's own string in the text becomes its id."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text. Nothing is added; a special token's own string in the text becomes its id.
+
+        ValueError for half a surrogate pair, which no encoding can write."""
+        return self._encode(text).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the characters text[start:end] that it stands for, spaces included.
 
         Tokens that are parts of one character all have that character's span."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
@@ -136,6 +138,14 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.vocab_size:,} tokens, eos {self.eos_token!r}, stops at {list(self.stop_token_ids)})"
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # bytes of another encoding, typed or piped in, arrive as half surrogates
+            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise ValueError(f"the text is not valid Unicode ({found}), needed UTF-8") from None
+        return self.backend.encode(text, add_special_tokens=False)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)

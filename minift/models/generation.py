@@ -28,7 +28,7 @@ def choose(
     outside its range, or sampling without `rng`."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    if temperature < 0:
+    if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, needed 0 (greedy) or more")
     if rng is None:
         raise ValueError("sampling at a temperature above 0 needs rng=np.random.default_rng(seed)")

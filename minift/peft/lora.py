@@ -34,7 +34,8 @@ from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze
 from minift.quant.nf4 import NF4Tensor
 
 A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
-NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "score")  # tables and heads: not meant by "all-linear"
+TABLES = ("embed_tokens", "wte", "wpe")  # rows are looked up, nothing is multiplied: no adapter fits
+NOT_LINEAR = (*TABLES, "lm_head", "score")  # tables and heads: not meant by "all-linear"
 
 
 def forward(
@@ -171,10 +172,15 @@ def attach(
     """The same parameters with a fresh adapter on each target; everything else is frozen.
 
     `target_modules`: names such as "q_proj" or whole paths (both match from the end, at a dot), one regular expression
-    that must match the whole path, or "all-linear". ValueError for a name that matches nothing, a rank below 1, or
-    parameters that carry an adapter already."""
+    that must match the whole path, or "all-linear". ValueError for a name that matches nothing (a table of embeddings
+    is none: no adapter fits it), a rank below 1, an alpha that is not positive, a dropout outside [0, 1), or parameters
+    that carry an adapter already."""
     if r < 1:
         raise ValueError(f"r is {r}, needed a rank of at least 1")
+    if not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha is {lora_alpha}, needed a positive number")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout}, needed 0 <= lora_dropout < 1")
     frozen = freeze(params)
     for name in targets(params, target_modules):
         base = frozen[name]
@@ -188,7 +194,8 @@ def attach(
 
 def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
     """The names of the weights that `target_modules` means; see `attach`."""
-    linear = {name: name.removesuffix(".weight") for name, w in params.items() if len(w.shape) == 2}
+    paths = {name: name.removesuffix(".weight") for name, w in params.items() if len(w.shape) == 2}
+    linear = {name: path for name, path in paths.items() if path.split(".")[-1] not in TABLES}
     if target_modules == "all-linear":
         return [name for name, path in linear.items() if path.split(".")[-1] not in NOT_LINEAR]
     if isinstance(target_modules, str):

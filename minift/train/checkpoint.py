@@ -65,7 +65,7 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
         if array.shape != like[name].shape or array.dtype != like[name].dtype:
             raise FormatError(path, full, f"{array.dtype} {array.shape}", f"{like[name].dtype} {like[name].shape}")
         groups[group][name] = array
-    for group in _GROUPS[:3]:
+    for group in _GROUPS[:3] if step else _GROUPS[:1]:  # there are no moments before the first step
         if missing := like.keys() - groups[group].keys():
             raise FormatError(path, f"{group}/{min(missing)}", "nothing", "an array for everything that learns")
     parameters, m, v, best = (groups[group] for group in _GROUPS)

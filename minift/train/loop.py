@@ -22,6 +22,7 @@ import numpy as np
 
 from minift.data.batches import Batch, count_labels
 from minift.io.atomic import atomic_write
+from minift.io.errors import FormatError
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Arrays, Params, replace, trainable
 from minift.optim.adamw import AdamW, clip_by_global_norm
@@ -34,9 +35,16 @@ Loss = Callable[[Params, Batch, float, int], tuple[np.floating, Callable]]
 Record = dict[str, Any]
 
 
+def at_least(least: int, **values: float) -> None:
+    """ValueError with the name of the first value that is less, NaN or infinite."""
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}, needed {least} or more")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the loop itself can be told."""
+    """What the loop itself can be told. ValueError for a number out of range."""
 
     steps: int = 300
     learning_rate: float = 1e-3
@@ -48,6 +56,13 @@ class Settings:
     eval_every: int = 100
     save_every: int = 100
     keep_best: bool = False  # end with the parameters of the lowest held-out loss instead of the last ones
+
+    def __post_init__(self):
+        at_least(0, steps=self.steps, warmup_steps=self.warmup_steps, seed=self.seed)
+        at_least(1, eval_every=self.eval_every, save_every=self.save_every)
+        at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, needed a positive number")
 
 
 @dataclass
@@ -83,7 +98,8 @@ def fit(
     folder            where checkpoints and `metrics.jsonl` go; Ctrl-C, or a polite kill, leaves a checkpoint there
     identity          what the run is (model, data, method); a checkpoint of another identity is not resumed
 
-    FormatError where there is nothing to resume; ValueError where a loss or gradient is not finite or nothing learns.
+    FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite
+    or nothing learns.
     """
     arrays = checkpoint.copy(trainable(params))
     if not arrays:
@@ -118,7 +134,7 @@ def fit(
             if settings.keep_best and value < best_loss:
                 best, best_loss = checkpoint.copy(arrays), value
 
-        if optimizer.step == 0:
+        if not records:
             evaluated(0)
         while optimizer.step < settings.steps and not stopped():
             step = optimizer.step + 1
@@ -193,7 +209,9 @@ def _line(record: Record) -> str:
 
 
 def _read_records(path: Path, step: int) -> list[Record]:
-    """What was recorded up to this step; a last line that was cut off by a kill is left out."""
+    """What was recorded up to this step; a last line that was cut off by a kill is left out.
+
+    FormatError where it does not reach that step: a file that was removed, or begun again by another run."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -202,6 +220,10 @@ def _read_records(path: Path, step: int) -> list[Record]:
             break
         if record["step"] <= step:
             records.append(record)
+    if (records[-1]["step"] if records else 0) < step:
+        found = f"nothing after step {records[-1]['step']}" if records else "no records"
+        needed = f"those up to step {step}, where the checkpoint stands; put them back, or start without --resume"
+        raise FormatError(path, "", found, needed)
     return records
 
 

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from minift.models import llama
-from minift.peft.lora import NOT_LINEAR, trainable_parameters
+from minift.peft.lora import NOT_LINEAR, targets, trainable_parameters
 from minift.quant.double_quant import overhead_bits
 from minift.train.methods import Method
 
@@ -82,7 +84,7 @@ def bill(
     shapes = llama.shapes(config)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and _module(n) not in NOT_LINEAR}
     total, in_linear = _count(shapes), _count(linear)
-    learned = _learned(method, config, shapes, linear, r, target_modules)
+    learned = _learned(method, config, shapes, r, target_modules)
     width = weight_bits / 8
 
     items = []
@@ -93,7 +95,8 @@ def bill(
         items.append(Item("quantization constants", in_linear * constants / 8, note))
         items.append(_item("other weights", total - in_linear, width, "embeddings, norms, head"))
     else:
-        items.append(_item("weights", total, width))
+        untied = learned if method == "head" and config.tie_word_embeddings else 0  # the head leaves the input table
+        items.append(_item("weights", total + untied, width))
     if method in ("lora", "qlora"):
         items.append(_item("adapters", learned, 4, f"r = {r}: r (in + out) each"))
     items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else width))
@@ -136,16 +139,13 @@ def lora_paper() -> list[dict[str, Any]]:
     return rows
 
 
-def _learned(method, config, shapes, linear, r, target_modules) -> int:
+def _learned(method, config, shapes, r, target_modules) -> int:
     if method == "full":
         return _count(shapes)
     if method == "head":
         return config.vocab_size * config.hidden_size
-    modules = {_module(n) for n in linear}
-    targets = modules if target_modules == "all-linear" else set(target_modules)
-    if unknown := targets - modules:
-        raise ValueError(f"target_modules: {min(unknown)!r} is no linear layer of this model")
-    return sum(trainable_parameters(d_out, d_in, r) for n, (d_out, d_in) in linear.items() if _module(n) in targets)
+    weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # shapes without bytes
+    return sum(trainable_parameters(shapes[n][0], shapes[n][1], r) for n in targets(weights, target_modules))
 
 
 def _module(name: str) -> str:

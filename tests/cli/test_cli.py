@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +79,70 @@ def test_finetune_on_a_file(call, tmp_path):
     assert status == 0
     assert result["trainable_parameters"] == 4 * 2 * ((128 + 128) + (128 + 64))
     assert load_adapter(tmp_path / "run" / "adapter").target_modules == ("q_proj", "v_proj")
+
+
+def test_questions_are_shown_as_they_are(call, tmp_path, monkeypatch):
+    """No markup, no emoji, no line wrapped; of a conversation its last answer, and nothing of what nobody asked."""
+    monkeypatch.setenv("COLUMNS", "60")
+    asked = "[/red] :cat: " + 7 * "word "
+    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello {}."), ("user", asked)]
+    forms = {
+        "multi": [*turns, ("assistant", "[bold] {}.")],
+        "thanks": [*turns, ("assistant", "[bold] {}."), ("user", "Thanks.")],
+        "unasked": [("assistant", "Hello {}.")],
+    }
+    for name, form in forms.items():
+        lines = (
+            json.dumps({"messages": [{"role": role, "content": text.format(i)} for role, text in form]})
+            for i in range(60)
+        )
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        status, _, captured = call("finetune", "--data", tmp_path / f"{name}.jsonl", *QUICK, "--out", tmp_path / name)
+        assert status == 0
+        assert (f"\n{asked.strip()}\n" in captured.out) == (name != "unasked")
+        assert ("  the answer  [bold] " in captured.out) == (name != "unasked")
+        assert "Hello" not in captured.out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m minift info tiny --tensors | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_learning_rate_of_zero_is_not_the_default(call, tmp_path):
+    _, result, _ = call("finetune", *QUICK, "--learning-rate", "0", "--out", tmp_path / "run")
+    assert result["eval_loss_before"] == result["eval_loss_after"]
+
+
+def test_one_example_is_too_few(call, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "What is it?", "completion": "It is it."}\n')
+    status, _, captured = call("finetune", "--data", tmp_path / "one.jsonl", *QUICK, "--out", tmp_path / "run")
+    assert status == 2
+    assert "one.jsonl: no example is held out" in captured.err
+
+
+def test_what_lies_in_the_way_is_found_before_the_work(call, tmp_path, finetuned):
+    (tmp_path / "file").write_text("notes")
+    notes = tmp_path / "notes" / "adapter"
+    notes.mkdir(parents=True)
+    (notes / "notes.txt").write_text("notes")
+    (tmp_path / "notes" / "model").symlink_to(notes)
+    for command in (["finetune", *QUICK], ["finetune", *QUICK, "--method", "full"], ["pretrain", "--steps", "1"]):
+        for out, message in (("file", "found a file"), ("notes", "found a folder with other things (notes.txt)")):
+            status, _, captured = call(*command, "--out", tmp_path / out)
+            assert (status, captured.out) == (2, "")
+            assert message in captured.err
+    for out, message in (("file", "found a file"), ("notes/adapter", "found a folder that is not empty")):
+        status, _, captured = call("merge", "--adapter", finetuned, "--out", tmp_path / out)
+        assert status == 2
+        assert message in captured.err
+    status, _, captured = call("merge", "--adapter", finetuned, "--out", notes, "--overwrite")
+    assert status == 2
+    assert "other things" in captured.err
+    assert sorted(p.name for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "run")) == [
+        *("adapter", "file", "model", "notes", "notes.txt")
+    ]
 
 
 def test_generate_and_merge_and_info(call, tmp_path, finetuned):
@@ -199,6 +265,17 @@ def test_out_holds_what_json_prints(call, tmp_path, arguments):
     assert json.loads((tmp_path / "new" / "folder" / "summary.json").read_text()) == result
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("head", []), ("full", []), ("lora", ["--target-modules", "self_attn.q_proj", "model.layers.0.mlp.up_proj"])],
+)
+def test_the_bill_is_what_finetune_says(call, tmp_path, method, options):
+    """Tied embeddings come apart when the head alone learns; target modules have the same forms in both commands."""
+    bill = call("memory", "--model", "tiny", "--method", method, "--weight-bits", "32", *options, "--json")[1]
+    run = call("finetune", "--method", method, *QUICK, *options, "--out", tmp_path / "run")[1]
+    assert (bill["weights"], bill["optimizer_state"]) == (run["weight_bytes"], run["optimizer_bytes"])
+
+
 def test_memory_of_the_lora_paper(call):
     rows = {row["model"]: row for row in call("memory", "--model", "lora-paper", "--json")[1]["rows"]}
     assert rows["GPT-3"]["lora_parameters"] == 4_718_592  # 4.7M, table 4
@@ -217,13 +294,32 @@ def test_memory_of_the_lora_paper(call):
         (["finetune", "--data", "no/such.jsonl"], "no/such.jsonl"),
         (["finetune", "--target-modules", "q_prj"], "'q_prj' matches no linear layer"),
         (["finetune", "--r", "0"], "r is 0"),
+        (["finetune", "--target-modules", "embed_tokens"], "'embed_tokens' matches no linear layer"),
+        (["finetune", "--lora-alpha", "0"], "lora_alpha is 0"),
+        (["finetune", "--lora-dropout", "1"], "lora_dropout is 1"),
+        (["finetune", "--batch-size", "-1"], "batch_size is -1, needed 1 or more"),
+        (["finetune", "--gradient-accumulation-steps", "0"], "gradient_accumulation_steps is 0"),
+        (["finetune", "--eval-examples", "-3"], "eval_examples is -3"),
+        (["finetune", "--seq-len", "1"], "seq_len is 1, needed 2 or more"),
+        (["finetune", "--eval-every", "0"], "eval_every is 0, needed 1 or more"),
+        (["finetune", "--save-every", "0"], "save_every is 0"),
+        (["finetune", "--learning-rate", "nan"], "learning_rate is nan"),
+        (["finetune", "--warmup-steps", "-1"], "warmup_steps is -1"),
+        (["finetune", "--max-grad-norm", "0"], "max_grad_norm is 0"),
+        (["finetune", "--seed", "-1"], "seed is -1"),
+        (["pretrain", "--eval-every", "0"], "eval_every is 0"),
+        (["pretrain", "--seq-len", "1"], "seq_len is 1"),
+        (["generate", "caf\udce9"], "not valid Unicode (U+DCE9"),
+        (["generate", "x", "--temperature", "nan"], "temperature is nan"),
+        (["memory", "--r", "-3"], "r is -3"),
+        (["memory", "--batch-size", "0"], "batch_size is 0"),
         (["finetune", "--seq-len", "5"], "within 5 tokens"),
         (["finetune", "--resume"], "no checkpoint"),
         (["generate", "x", "--adapter", "no/adapter"], "no/adapter"),
         (["generate", "", "--raw"], "a prompt is empty"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1"),
         (["memory", "--model", "8B"], "8B: found nothing there"),
-        (["memory", "--target-modules", "nothing", "--method", "lora"], "'nothing' is no linear layer"),
+        (["memory", "--target-modules", "nothing", "--method", "lora"], "'nothing' matches no linear layer"),
     ],
 )
 def test_bad_input(call, tmp_path, monkeypatch, arguments, message):
@@ -232,7 +328,7 @@ def test_bad_input(call, tmp_path, monkeypatch, arguments, message):
     assert status == 2
     assert message in captured.err
     assert captured.err.startswith("minift: ")
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -190,7 +190,7 @@ def test_targets(params):
 
 @pytest.mark.parametrize("target", ["proj", "q_pro", "input_layernorm", "self_attn", "nothing"])
 def test_a_target_that_matches_no_layer_is_refused(params, target, rng):
-    modules = re.escape(str(sorted([*llama.LINEAR_MODULES, "embed_tokens", "lm_head"])))
+    modules = re.escape(str(sorted([*llama.LINEAR_MODULES, "lm_head"])))
     with pytest.raises(ValueError, match=rf"'{target}' matches no linear layer; there are {modules}$"):
         lora.attach(params, ["q_proj", target], rng=rng)
 
@@ -477,7 +477,27 @@ def test_defaults(params, rng):
 def test_all_linear_leaves_tables_and_heads_alone(name):
     one = {f"model.{name}.weight": np.ones((3, 4)), "model.h.0.attn.c_proj.weight": np.ones((4, 4))}
     assert lora.targets(one, "all-linear") == ["model.h.0.attn.c_proj.weight"]
-    assert lora.targets(one, [name]) == [f"model.{name}.weight"]
+    if name in ("lm_head", "score"):  # who names the head, means it
+        assert lora.targets(one, [name]) == [f"model.{name}.weight"]
+        return
+    with pytest.raises(ValueError, match=rf"'{name}' matches no linear layer; there are \['c_proj'\]"):
+        lora.targets(one, [name])  # rows of a table are looked up, and an adapter would fail in the forward pass
+
+
+@pytest.mark.parametrize(
+    ("option", "refused", "fine"),
+    [
+        ("lora_alpha", [0, -4, float("nan"), float("inf")], [1e-9, 0.5]),
+        ("lora_dropout", [1, 1.5, -0.1, float("nan")], [0, 0.99]),
+    ],
+)
+def test_a_scale_or_a_dropout_out_of_range_is_refused(params, rng, option, refused, fine):
+    """At once: the loader refuses an adapter that has them."""
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{option} is {value}, needed "):
+            lora.attach(params, rng=rng, **{option: value})
+    for value in fine:
+        assert lora.detach(lora.attach(params, rng=rng, **{option: value}))[1].r == 8
 
 
 def test_the_adapter_has_the_type_of_its_base(rng):

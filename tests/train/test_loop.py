@@ -134,6 +134,28 @@ def test_a_polite_kill_finishes_the_step_and_leaves_a_checkpoint(tmp_path):
     assert same_bits(trainable(run().params), trainable(resumed.params))
 
 
+def test_stopped_before_the_first_step_it_still_goes_on(tmp_path):
+    """While the first evaluation ran: there are no moments yet, and what was measured is not measured again."""
+    stopped = run(folder=tmp_path / "cut", report=lambda record: os.kill(os.getpid(), signal.SIGINT))
+    assert (stopped.interrupted, [r["step"] for r in stopped.records]) == (True, [0])
+    whole, resumed = run(), run(folder=tmp_path / "cut", resume=True)
+    assert same_bits(trainable(whole.params), trainable(resumed.params))
+    assert without_clock(whole.records) == without_clock(resumed.records)
+
+
+def test_records_that_do_not_reach_the_checkpoint_are_refused(tmp_path):
+    run(folder=tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    first = metrics.read_text().splitlines(keepends=True)[:3]
+    metrics.write_text("".join(first))  # a second run began in the same folder, and was killed before it saved
+    with pytest.raises(FormatError, match=r"metrics\.jsonl: found nothing after step 2, needed those up to step 9"):
+        run(folder=tmp_path, resume=True)
+    assert metrics.read_text() == "".join(first)
+    metrics.unlink()
+    with pytest.raises(FormatError, match=r"metrics\.jsonl: found no records"):
+        run(folder=tmp_path, resume=True)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     def interrupt_twice(record):
         if "loss" in record:
