@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from minift.cli.common import (
     read_data,
 )
 from minift.cli.watch import Watcher, draw_losses
+from minift.data.batches import Encoded
 from minift.data.example import Example
 from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model
 from minift.models import llama
@@ -142,7 +144,7 @@ class Finetune:
                 settings,
                 evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
                 folder=self.out,
-                identity=self._identity(),
+                identity=self._identity(data.train),
                 resume=self.resume,
                 report=watch,
             )
@@ -187,11 +189,13 @@ class Finetune:
             save_every=self.save_every,
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to be this run's, beside the loop's own settings."""
+    def _identity(self, train: list[Encoded]) -> dict[str, Any]:
+        """What must agree for a checkpoint to be this run's, beside the loop's own settings: also the text itself."""
+        digest = hashlib.sha256(b"".join(tokens.tobytes() for tokens, _ in train)).hexdigest()[:16]
         elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere} | {
-            "target_modules": list(self.target_modules)
+            "target_modules": list(self.target_modules),
+            "digest_of_the_data": digest,
         }
 
     @property

@@ -107,7 +107,9 @@ def fit(
     identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k != "save_every"}
     optimizer = AdamW(weight_decay=settings.weight_decay)
     records, best, best_loss = [], Arrays(), math.inf
-    if resume and folder is not None:
+    if folder is not None and not resume:
+        (folder / checkpoint.NAME).unlink(missing_ok=True)  # of an earlier run, whose records are overwritten too
+    if folder is not None and resume:
         saved = checkpoint.load(folder, identity, arrays)
         arrays, best = saved.parameters, saved.best
         best_loss = math.inf if saved.best_loss is None else saved.best_loss

@@ -145,6 +145,17 @@ def test_what_lies_in_the_way_is_found_before_the_work(call, tmp_path, finetuned
     ]
 
 
+def test_other_data_is_not_resumed(call, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    for answer in ("yes", "no"):
+        lines = [json.dumps({"prompt": f"Is {i} even?", "completion": f"{answer}, {i}."}) + "\n" for i in range(60)]
+        data.write_text("".join(lines))
+        again = ["--resume"] if answer == "no" else []
+        status, _, captured = call("finetune", "--data", data, *QUICK, "--out", tmp_path / "run", *again)
+    assert status == 2
+    assert "digest_of_the_data" in captured.err
+
+
 def test_generate_and_merge_and_info(call, tmp_path, finetuned):
     question = "What does `math.isqrt` do?"
     status, with_adapter, captured = call(

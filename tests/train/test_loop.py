@@ -181,6 +181,14 @@ def test_evaluation_before_every_so_often_and_after():
     assert [step for step, _ in run().losses()] == [0, 2, 4, 6, 8, 9]
 
 
+def test_a_fresh_start_leaves_no_checkpoint_of_the_run_before(tmp_path):
+    run(folder=tmp_path)
+    with pytest.raises(Killed):
+        run(dataclasses.replace(SETTINGS, learning_rate=0.5), folder=tmp_path, report=kill_after(2))
+    with pytest.raises(FormatError, match="no checkpoint"):
+        run(folder=tmp_path, resume=True)
+
+
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     run(folder=tmp_path, identity={"data": "one"})
     with pytest.raises(FormatError, match=r"checkpoint\.safetensors: learning_rate: found 0\.5, needed 0\.02"):
