@@ -128,9 +128,9 @@ class Tokenizer:
         if _parse(path, written := backend.to_str()).to_str() != written:  # ids given twice, or unlike those asked for
             raise FormatError(path, "", "ids that change when it is saved", "one id for each token, without gaps")
         special = {role: _content(config_path, role, config.get(role, older.get(role))) for role in SPECIAL}
-        stops = _stop_token_ids(folder)
+        stops, template = _stop_token_ids(folder), _chat_template(folder, config)
         try:
-            tokenizer = cls(backend, **special, chat_template=_chat_template(folder, config), stop_token_ids=stops)
+            tokenizer = cls(backend, **special, chat_template=template, stop_token_ids=stops)
         except ValueError as error:
             raise FormatError(config_path, "", error, "special tokens from the vocabulary") from error
         _check_vocab_size(folder, tokenizer)
