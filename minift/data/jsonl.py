@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minift.data.example import ROLES, DataError, Example, Message, pair
 from minift.data.split import HELD_OUT, train_and_held_out
 from minift.io.atomic import atomic_write
+from minift.io.errors import shown
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -98,9 +101,8 @@ def _record(line: bytes, first: bool) -> dict[str, Any]:
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(items)
     if len(record) < len(items):
-        keys = [key for key, _ in items]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"the key {twice!r} stands twice in one object")
+        twice, _ = Counter(key for key, _ in items).most_common(1)[0]
+        raise DataError(f"the key {shown(twice)} stands twice in one object")
     return record
 
 
@@ -111,9 +113,8 @@ def _no_constant(name: str):
 def _example(record: dict[str, Any]) -> Example:
     forms = [first for first, second in _FORMS.items() if first in record or second in record]
     if len(forms) != 1:
-        keys = ", ".join(map(repr, record)) or "no keys"
         what = f"fits several forms ({', '.join(forms)})" if forms else "fits no form"
-        raise DataError(f"found {keys}, which {what}; needed {_NEEDED}")
+        raise DataError(f"found {_keys(record)}, which {what}; needed {_NEEDED}")
     match forms[0]:
         case "prompt":
             return pair(_string(record, "prompt"), _string(record, "completion"))
@@ -138,7 +139,7 @@ def _conversation(messages: Any) -> Example:
             raise DataError(f"{where} is {_kind(message)}, needed an object with 'role' and 'content'")
         role = _string(message, "role", where)
         if role not in ROLES:
-            raise DataError(f"{where}: unknown role {role!r}, needed one of {', '.join(ROLES)}")
+            raise DataError(f"{where}: unknown role {shown(role)}, needed one of {', '.join(ROLES)}")
         turns.append(Message(role, _string(message, "content", where)))
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError("'messages' has no message of the assistant, so there is nothing to learn")
@@ -149,7 +150,7 @@ def _string(record: dict[str, Any], key: str, where: str = "") -> str:
     """The text under a key: present, a string, not blank, and possible to encode."""
     place = f"{where}: " if where else ""
     if key not in record:
-        raise DataError(f"{place}{key!r} is missing; found {', '.join(map(repr, record)) or 'no keys'}")
+        raise DataError(f"{place}{key!r} is missing; found {_keys(record)}")
     text = record[key]
     if not isinstance(text, str):
         raise DataError(f"{place}{key!r} is {_kind(text)}, needed a string")
@@ -161,6 +162,12 @@ def _string(record: dict[str, Any], key: str, where: str = "") -> str:
         code = ord(text[error.start])
         raise DataError(f"{place}{key!r} has half a surrogate pair (U+{code:04X}) at character {error.start}") from None
     return text
+
+
+def _keys(record: dict[str, Any]) -> str:
+    """The first ten keys of an object."""
+    names = [*map(shown, islice(record, 10)), *(["…"] if len(record) > 10 else [])]
+    return ", ".join(names) or "no keys"
 
 
 def _kind(value: Any) -> str:

@@ -14,7 +14,6 @@ One quantized matrix `….weight` is several tensors in the file:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from minift.io.errors import FormatError
 from minift.io.json_file import Fields, parse_json
-from minift.io.safetensors_file import from_bfloat16, to_bfloat16
+from minift.io.safetensors_file import from_bfloat16, require_finite, to_bfloat16
 from minift.quant.double_quant import DoubleQuantizedScales
 from minift.quant.nf4 import CODE, NF4Tensor
 
@@ -32,6 +31,7 @@ FP4_STATE = "quant_state.bitsandbytes__fp4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE, FP4_STATE)
 SETTINGS = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = ("float32", "float16", "bfloat16")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def pack_tensor(name: str, q: NF4Tensor, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -63,8 +63,8 @@ def unpack_tensor(name: str, tensors: Mapping[str, np.ndarray], path: Path | str
         raise FormatError(path, f"{name}.quant_map", f"another table, {table}", "the sixteen NF4 values")
     if "nested_blocksize" in settings.values:
         offset = settings.values.get("nested_offset")
-        if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
-            raise settings.error("nested_offset", "a finite number")
+        if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) <= FLOAT32_MAX:
+            raise settings.error("nested_offset", "a finite float32 number")
         absmax: np.ndarray | DoubleQuantizedScales = _nested(name, tensors, path, settings, np.float32(offset))
     else:
         absmax = _part(tensors, path, f"{name}.absmax", np.float32)
@@ -99,7 +99,8 @@ def dequantize(q: NF4Tensor, dtype: str) -> np.ndarray:
     """What bitsandbytes' `dequantize_4bit` gives, as float32: rounded to the dtype that the quantized matrix had."""
     w = q.dense(np.float32)
     if dtype == "float16":
-        return w.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity, for the caller to find
+            return w.astype(np.float16).astype(np.float32)
     return from_bfloat16(to_bfloat16(w)) if dtype == "bfloat16" else w
 
 
@@ -116,7 +117,7 @@ def _nested(name, tensors, path, settings: Fields, offset: np.float32) -> Double
     if not (np.isfinite(nested).all() and (nested >= 0).all()):
         raise FormatError(path, f"{name}.nested_absmax", "a negative or infinite scale, or NaN", "scales >= 0")
     try:
-        return DoubleQuantizedScales(
+        scales = DoubleQuantizedScales(
             codes=_part(tensors, path, f"{name}.absmax", np.uint8),
             absmax=nested,
             offset=offset,
@@ -127,6 +128,9 @@ def _nested(name, tensors, path, settings: Fields, offset: np.float32) -> Double
         raise
     except ValueError as error:
         raise FormatError(path, f"{name}.absmax", error, "double-quantized scales that fit each other") from error
+    with np.errstate(over="ignore", invalid="ignore"):
+        require_finite(path, f"{name}.absmax, decoded", scales.decode())
+    return scales
 
 
 def _part(tensors: Mapping[str, np.ndarray], path: Path | str, key: str, dtype: type) -> np.ndarray:

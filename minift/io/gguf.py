@@ -19,7 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.gguf_tokenizer import tokenizer_from_fields
 from minift.io.json_file import Fields
 from minift.io.safetensors_file import require_finite
@@ -66,7 +66,9 @@ def load_model(path: Path | str) -> tuple[Config, dict[str, np.ndarray]]:
         key = hugging_face_name(name)
         if key not in expected:
             raise FormatError(path, name, "a tensor that a Llama model does not have", "only its own tensors")
-        params[key] = _undo_interleaving(key, _dequantize(path, tensor), config, path, expected[key])
+        if (shape := _shape(tensor)) != expected[key]:
+            raise FormatError(path, key, f"shape {shown(shape)}", f"shape {expected[key]}")
+        params[key] = _undo_interleaving(key, _dequantize(path, tensor), config)
     if missing := [key for key in expected if key not in params]:
         raise FormatError(path, missing[0], f"nothing ({len(missing)} tensors are missing)", "every parameter")
     return config, {key: params[key] for key in expected}
@@ -98,9 +100,12 @@ def half_split(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def _undo_interleaving(key: str, w: np.ndarray, config: Config, path: Path, expected: tuple[int, ...]) -> np.ndarray:
-    if w.shape != expected:
-        raise FormatError(path, key, f"shape {w.shape}", f"shape {expected}")
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """As NumPy has it: GGUF lists dimensions from the inside out."""
+    return tuple(reversed(tensor.shape.tolist()))
+
+
+def _undo_interleaving(key: str, w: np.ndarray, config: Config) -> np.ndarray:
     if key.endswith("q_proj.weight"):
         return half_split(w, config.num_attention_heads)
     if key.endswith("k_proj.weight"):
@@ -108,14 +113,42 @@ def _undo_interleaving(key: str, w: np.ndarray, config: Config, path: Path, expe
     return w
 
 
+class _Reader(gguf.GGUFReader):
+    """The library's reader, which past the end of a file reads nothing and goes on: an array that claims 10¹² numbers
+    would be read without end."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if offset + np.dtype(dtype).itemsize * int(count) > self.data.size:
+            raise ValueError(f"{int(count):,} values are said to begin at byte {offset:,}, which is past the end")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        """Numbers in one piece, where the library makes an array of 600 bytes for each; others counted before."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, size = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        inner, start = gguf.GGUFValueType(kind[0]), orig_offs + 12
+        if scalar := self.gguf_scalar_to_np.get(inner):
+            numbers = self._get(start, scalar, size[0])
+            return 12 + numbers.nbytes, [kind, size, numbers], [2], [gguf.GGUFValueType.ARRAY, inner]
+        self._get(start, np.uint64, size[0])  # a string, or an array, begins with eight bytes of length at least
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 def _open(path: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(path)
+        with np.errstate(over="raise"):  # an offset near 2^64 would come round to the beginning
+            reader = _Reader(path)
         little = reader.endianess == gguf.GGUFEndian.LITTLE
     except Exception as error:  # the library indexes past the end of a truncated file in many ways
         raise FormatError(path, "", f"{type(error).__name__}: {error}", "a complete GGUF file") from error
     if not little:
         raise FormatError(path, "", "a big-endian file", "a little-endian one")
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
+        if tensor.data_offset < end:  # a small file could claim the same numbers any number of times
+            raise FormatError(path, tensor.name, f"numbers from byte {tensor.data_offset:,}", f"none before {end:,}")
+        end = tensor.data_offset + tensor.n_bytes
     return reader
 
 
@@ -143,6 +176,11 @@ def _config(path: Path, reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderT
             raise fields.error(f"llama.{name}", "nothing or 0: not supported")
     if "token_embd.weight" not in tensors:
         raise FormatError(path, "token_embd.weight", "nothing", "a tensor")
+    if len(vocab := _shape(tensors["token_embd.weight"])) != 2 or not vocab[0]:
+        raise FormatError(path, "token_embd.weight", f"shape {shown(vocab)}", "a row for each token")
+    layers = fields.whole("llama.block_count")
+    if layers > len(tensors):  # before every one of them is named
+        raise fields.error("llama.block_count", f"no more layers than the {len(tensors)} tensors")
     heads = fields.whole("llama.attention.head_count")
     kv_heads = fields.whole("llama.attention.head_count_kv", heads)
     hidden_size = fields.whole("llama.embedding_length")
@@ -152,19 +190,21 @@ def _config(path: Path, reader: gguf.GGUFReader, tensors: dict[str, gguf.ReaderT
     for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if fields.whole(name, head_dim) != head_dim:
             raise fields.error(name, f"the size of a head, {head_dim}")
+    if head_dim % 2:
+        raise FormatError(path, "llama.attention.key_length", f"heads of {head_dim} features", "an even number of them")
     if heads % kv_heads:
         raise fields.error("llama.attention.head_count_kv", f"a divisor of the {heads} heads")
-    rope_theta = _shortest(fields.real("llama.rope.freq_base", 10000.0))
+    rope_theta = _shortest(fields, "llama.rope.freq_base", 10000.0)
     return Config(
-        vocab_size=int(tensors["token_embd.weight"].shape[-1]),  # GGUF lists dimensions from the inside out
+        vocab_size=vocab[0],
         hidden_size=hidden_size,
         intermediate_size=fields.whole("llama.feed_forward_length"),
-        num_hidden_layers=fields.whole("llama.block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=fields.whole("llama.context_length", 2048),
-        rms_norm_eps=_shortest(fields.real("llama.attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=_shortest(fields, "llama.attention.layer_norm_rms_epsilon"),
         rope_theta=rope_theta,
         rope_scaling=_rope_scaling(path, fields, tensors, head_dim, rope_theta),
         tie_word_embeddings="output.weight" not in tensors,
@@ -180,23 +220,27 @@ def _rope_scaling(
     if kind not in ("none", "linear"):
         raise fields.error("llama.rope.scaling.type", "'none' or 'linear'")
     if kind == "linear":
-        return RopeScaling("linear", _shortest(fields.real("llama.rope.scaling.factor")))
+        return RopeScaling("linear", _shortest(fields, "llama.rope.scaling.factor"))
     if ROPE_FREQS not in tensors:
         return None
     divisors = _dequantize(path, tensors[ROPE_FREQS]).astype(np.float64)
+    if divisors.shape != (head_dim // 2,) or not (divisors > 0).all():
+        found = f"shape {divisors.shape}, from {divisors.min(initial=1):g}"
+        raise FormatError(path, ROPE_FREQS, found, f"{head_dim // 2} positive divisors")
     if np.all(divisors == 1):
         return None
     scaling = RopeScaling("llama3", float(divisors.max()))
     expected = frequencies(head_dim, rope_theta) / frequencies(head_dim, rope_theta, scaling)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
+    if not np.allclose(divisors, expected, rtol=1e-4, atol=0):
         raise FormatError(path, ROPE_FREQS, f"divisors up to {divisors.max():g}", f"those of Llama 3.1: {scaling}")
     return scaling
 
 
 def _dequantize(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
     try:
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, ValueError) as error:
+        with np.errstate(all="ignore"):  # scales that are infinite or NaN are found below
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except (NotImplementedError, ValueError, IndexError) as error:
         found = f"type {tensor.tensor_type.name} ({error})"
         raise FormatError(path, tensor.name, found, "a type that the gguf package can decode") from error
     array = np.array(array, dtype=np.float32)  # not a view of the memory map
@@ -204,6 +248,10 @@ def _dequantize(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
     return array
 
 
-def _shortest(x: float) -> float:
+def _shortest(fields: Fields, key: str, default: float | None = None) -> float:
     """Metadata are float32: 1e-05 comes back as 9.999999747378752e-06. The shortest decimal that means the same."""
-    return float(str(np.float32(x)))
+    with np.errstate(over="ignore", under="ignore"):
+        x = float(str(np.float32(fields.real(key, default))))
+    if x == 0 or np.isinf(x):
+        raise fields.error(key, "a positive float32 number")
+    return x

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.tokenizer import Tokenizer
 
 LLAMA3_WORDS = (
@@ -52,22 +52,28 @@ WORDS: dict[str, Callable[[], PreTokenizer]] = {
 def tokenizer_from_fields(path: Path | str, fields: Mapping[str, Callable[[], Any]]) -> Tokenizer:
     """Build the tokenizer from GGUF metadata: `fields[key]()` is a value. Raises FormatError."""
 
-    def get(key: str, default: Any = None) -> Any:
-        return fields[key]() if key in fields else default
+    def get(key: str) -> Any:
+        return fields[key]() if key in fields else None
+
+    def items(key: str, kind: type, default: list) -> list:
+        found = get(key)
+        if found is not None and not (isinstance(found, list) and all(type(item) is kind for item in found)):
+            raise FormatError(path, key, shown(found), f"an array of {kind.__name__}")
+        return default if found is None else found
 
     kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise FormatError(path, "tokenizer.ggml.model", repr(kind), "'gpt2', which means byte-level BPE")
-    if pre not in WORDS:
-        raise FormatError(path, "tokenizer.ggml.pre", repr(pre), " or ".join(map(repr, WORDS)))
-    tokens = get("tokenizer.ggml.tokens", [])
-    types = get("tokenizer.ggml.token_type", [1] * len(tokens))
+        raise FormatError(path, "tokenizer.ggml.model", shown(kind), "'gpt2', which means byte-level BPE")
+    if not isinstance(pre, str) or pre not in WORDS:
+        raise FormatError(path, "tokenizer.ggml.pre", shown(pre), " or ".join(map(repr, WORDS)))
+    tokens = items("tokenizer.ggml.tokens", str, [])
+    types = items("tokenizer.ggml.token_type", int, [1] * len(tokens))
     if len(types) != len(tokens):
         raise FormatError(path, "tokenizer.ggml.token_type", f"{len(types)} types", f"{len(tokens)}, one per token")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise FormatError(path, "tokenizer.ggml.tokens", f"{len(tokens) - len(vocab)} repeated", "every token once")
-    merges = [_merge(path, text) for text in get("tokenizer.ggml.merges", [])]
+    merges = [_merge(path, text) for text in items("tokenizer.ggml.merges", str, [])]
     try:
         bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=WORDS[pre] is _llama3)
     except Exception as error:  # the library raises a plain Exception
@@ -83,18 +89,21 @@ def tokenizer_from_fields(path: Path | str, fields: Mapping[str, Callable[[], An
     def special(role: str) -> str | None:
         key = f"tokenizer.ggml.{role}_token_id"
         i = get(key)
-        if i is not None and not 0 <= i < len(tokens):
-            raise FormatError(path, key, i, f"an id below {len(tokens)}")
+        if i is not None and (type(i) is not int or not 0 <= i < len(tokens)):
+            raise FormatError(path, key, shown(i), f"an id below {len(tokens)}")
         return None if i is None else tokens[i]
 
     ends = [vocab[token] for role in ("eot", "eom") if (token := special(role)) is not None]
+    template = get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise FormatError(path, "tokenizer.chat_template", shown(template), "a string")
     return Tokenizer(
         backend,
         bos_token=special("bos"),
         eos_token=special("eos"),
         pad_token=special("padding"),
         unk_token=special("unknown"),
-        chat_template=get("tokenizer.chat_template"),
+        chat_template=template,
         stop_token_ids=ends,
     )
 
@@ -102,5 +111,5 @@ def tokenizer_from_fields(path: Path | str, fields: Mapping[str, Callable[[], An
 def _merge(path: Path | str, text: str) -> tuple[str, str]:
     left, _, right = text.partition(" ")
     if not left or not right or " " in right:
-        raise FormatError(path, "tokenizer.ggml.merges", repr(text), "two tokens with one space between")
+        raise FormatError(path, "tokenizer.ggml.merges", shown(text), "two tokens with one space between")
     return left, right

@@ -6,6 +6,7 @@ is missing with random numbers and a warning; a model that is half random looks 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from minift.io import bitsandbytes4
 from minift.io.atomic import atomic_folder, atomic_write
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.json_file import Fields, json_bytes, read_json
 from minift.io.llama_config import format_config, parse_config
 from minift.io.safetensors_file import SafetensorsFile, require_finite, to_bfloat16, write_safetensors
@@ -40,24 +41,23 @@ def load_model(folder: Path | str, keep_quantized: bool = False) -> tuple[Config
     config = parse_config(values, folder / "config.json")
     _refuse_other_quantization(folder / "config.json", values)
     places = _places(folder)
+    if config.num_hidden_layers > len(places):  # before every one of them is named
+        found, needed = config.num_hidden_layers, f"no more layers than the {len(places)} tensors of the weights"
+        raise FormatError(folder / "config.json", "num_hidden_layers", found, needed)
     expected = llama.shapes(config)
     quantized = {base for name in places if (base := bitsandbytes4.base_name(name)) is not None}
     if config.tie_word_embeddings and llama.HEAD in places:
-        _require_equal(places, llama.HEAD, llama.EMBEDDING)
+        _require_equal(places, llama.HEAD, llama.EMBEDDING, expected[llama.EMBEDDING])
         del places[llama.HEAD]
     for name, (file, _) in places.items():
         if name not in expected and bitsandbytes4.base_name(name) not in expected:
             raise FormatError(file.path, name, "a tensor that this model does not have", "only its own parameters")
     if missing := [name for name in expected if name not in places]:
         raise FormatError(folder, missing[0], f"nothing ({len(missing)} parameters are missing)", "every parameter")
-    read = {
-        name: _read_quantized(places, name, keep_quantized) if name in quantized else _read(places, name)
-        for name in expected
+    return config, {
+        name: _read_quantized(places, name, shape, keep_quantized) if name in quantized else _read(places, name, shape)
+        for name, shape in expected.items()
     }
-    for name, shape in expected.items():
-        if tuple(read[name].shape) != shape:
-            raise FormatError(places[name][0].path, name, f"shape {tuple(read[name].shape)}", f"shape {shape}")
-    return config, read
 
 
 def save_model(
@@ -133,8 +133,10 @@ def _files(folder: Path) -> list[SafetensorsFile]:
         raise FormatError(folder / INDEX, "weight_map", type(index).__name__, "an object {tensor: file}")
     files = []
     for shard in sorted(set(index.values())):
-        if Path(shard).name != shard:
-            raise FormatError(folder / INDEX, "weight_map", repr(shard), "the name of a file in this folder")
+        if not re.fullmatch(r"[\w .-]+\.safetensors", shard):  # no other folder, no NUL, no half a surrogate pair
+            raise FormatError(
+                folder / INDEX, "weight_map", shown(shard), "the name of a .safetensors file in this folder"
+            )
         files.append(SafetensorsFile(folder / shard))
         promised = {name for name, where in index.items() if where == shard}
         if different := promised ^ set(files[-1].names()):
@@ -144,32 +146,38 @@ def _files(folder: Path) -> list[SafetensorsFile]:
     return files
 
 
-def _read(places: Places, name: str) -> np.ndarray:
+def _read(places: Places, name: str, shape: tuple[int, ...]) -> np.ndarray:
     file, raw = places[name]
     if file.dtype(raw) not in FLOATS:
         raise FormatError(file.path, raw, f"dtype {file.dtype(raw)}", " or ".join(FLOATS))
+    if file.shape(raw) != shape:
+        raise FormatError(file.path, name, f"shape {shown(file.shape(raw))}", f"shape {shape}")
     array = file.read(raw).astype(np.float32, copy=False)
     require_finite(file.path, raw, array)
     return array
 
 
-def _read_quantized(places: Places, name: str, keep: bool) -> np.ndarray | NF4Tensor:
+def _read_quantized(places: Places, name: str, shape: tuple[int, ...], keep: bool) -> np.ndarray | NF4Tensor:
     file, raw = places[name]
+    if not _is_linear(name):
+        raise FormatError(file.path, raw, "a 4-bit tensor", "one in a linear layer: others are not quantized")
     keys = [name, *(f"{name}.{part}" for part in bitsandbytes4.PARTS)]
     tensors = {key: places[key][0].read(places[key][1]) for key in keys[1:] if key in places}
     tensors[name] = file.raw(raw)  # the bytes; `bnb_4bit_quant_storage` may call them bfloat16
+    settings = bitsandbytes4.read_settings(name, tensors, file.path).values
+    if tuple(settings["shape"]) != shape:
+        raise FormatError(file.path, name, f"shape {shown(tuple(settings['shape']))}", f"shape {shape}")
     q = bitsandbytes4.unpack_tensor(name, tensors, file.path)
     if keep:
         return q
-    dtype = bitsandbytes4.read_settings(name, tensors, file.path).values["dtype"]
-    array = bitsandbytes4.dequantize(q, dtype)
+    array = bitsandbytes4.dequantize(q, settings["dtype"])
     require_finite(file.path, raw, array)
     return array
 
 
-def _require_equal(places: Places, head: str, embedding: str) -> None:
+def _require_equal(places: Places, head: str, embedding: str, shape: tuple[int, ...]) -> None:
     """A tied model needs no output matrix; a file that has one anyway must have the same numbers in it."""
-    if embedding in places and not np.array_equal(_read(places, head), _read(places, embedding)):
+    if embedding in places and not np.array_equal(_read(places, head, shape), _read(places, embedding, shape)):
         found = f"other numbers than in {embedding}"
         raise FormatError(places[head][0].path, head, found, "the same, because config.json ties the two")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,13 +26,15 @@ def parse_json(data: bytes, path: Path | str, key: str = "") -> dict[str, Any]:
     def no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise FormatError(path, key, f"key {max(names, key=names.count)!r} twice", "every key once")
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise FormatError(path, key, f"key {shown(name)} twice", "every key once")
         return found
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=no_repetition)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of too many digits; too deep
         raise FormatError(path, key, f"bad JSON ({error})", "a JSON object in UTF-8") from error
     if not isinstance(value, dict):
         raise FormatError(path, key, f"JSON of type {type(value).__name__}", "a JSON object")
@@ -49,20 +52,20 @@ class Fields:
         self.path, self.values = path, values
 
     def error(self, key: str, needed: object) -> FormatError:
-        found = repr(self.values[key]) if key in self.values else "nothing"
+        found = shown(self.values[key]) if key in self.values else "nothing"
         return FormatError(self.path, key, found, needed)
 
     def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(key, f"a whole number >= {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise self.error(key, f"a whole number >= {least} and below 2^63")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise self.error(key, "a positive finite number")
         return float(value)
 

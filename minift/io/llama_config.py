@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minift.io.errors import shown
 from minift.io.json_file import Fields
 from minift.models.llama import Config
 from minift.nn.rope import RopeScaling
@@ -107,14 +108,14 @@ def _rope(fields: Fields, positions: int) -> tuple[float, RopeScaling | None]:
     if old and new:
         other = _scaling(Fields(f"{fields.path}: rope_parameters", dict(new)), positions)
         if other != scaling or new.get("rope_theta", rope_theta) != rope_theta:
-            raise fields.error("rope_parameters", f"what rope_scaling says: {old}")
+            raise fields.error("rope_parameters", f"what rope_scaling says: {shown(old)}")
     return rope_theta, scaling
 
 
 def _scaling(inner: Fields, positions: int) -> RopeScaling | None:
     kind = inner.values.get("rope_type", inner.values.get("type", "default"))
     inner.values.setdefault("rope_type", kind)
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise inner.error("rope_type", " or ".join(map(repr, ROPE_KEYS)))
     inner.refuse("partial_rotary_factor", (1, 1.0), "1: every feature of a head turns")
     if unknown := set(inner.values) - ROPE_KEYS[kind] - {"partial_rotary_factor"}:

@@ -8,12 +8,13 @@ when a tensor is missing and ignores surplus ones, so that an adapter may do not
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from minift.io.atomic import atomic_folder, atomic_write
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.json_file import Fields, json_bytes, read_json
 from minift.io.safetensors_file import SafetensorsFile, require_finite, write_safetensors
 from minift.nn.weight import Params
@@ -100,7 +101,8 @@ def load_adapter(folder: Path | str, params: Params | None = None) -> Adapter:
     for key in sorted(values.keys() - READ - NO_MATTER):
         if not any(type(values[key]) is type(unused) and values[key] == unused for unused in UNUSED):
             raise fields.error(key, "it unset: not supported")
-    if str(values.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
+    init = values.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
         raise fields.error("init_lora_weights", "a way that leaves the base model as it was")
     r = fields.whole("r", 8)
     dropout = values.get("lora_dropout", 0.0)
@@ -157,14 +159,19 @@ def _targets(fields: Fields, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
     paths = sorted(name.removesuffix(f".{A_NAME}") for name in arrays if name.endswith(f".{A_NAME}"))
     targets = fields.values.get("target_modules")
     if isinstance(targets, str):  # a regular expression: keep what it meant
-        if unmatched := [path for path in paths if not re.fullmatch(targets, path)]:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                expression = re.compile(targets)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise fields.error("target_modules", f"a regular expression ({error})") from error
+        if unmatched := [path for path in paths if not expression.fullmatch(path)]:
             raise fields.error("target_modules", f"an expression that matches the adapted layer {unmatched[0]}")
         return tuple(paths)
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise fields.error("target_modules", "a list of module names")
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in paths):
-            raise fields.error("target_modules", f"no {target!r}, for which there are no tensors")
+            raise fields.error("target_modules", f"no {shown(target)}, for which there are no tensors")
     for path in paths:
         if not any(f".{path}".endswith(f".{target}") for target in targets):
             raise fields.error("target_modules", f"a name for the adapted layer {path}")

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from minift.io.atomic import atomic_write
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.json_file import parse_json
 
 DTYPES: dict[str, type] = {
@@ -80,7 +80,13 @@ class SafetensorsFile:
         dtype = self.dtype(name)
         if dtype not in DTYPES:
             raise FormatError(self.path, name, f"dtype {dtype}", f"one of {', '.join(DTYPES)}")
-        array = self.raw(name).view(np.dtype(DTYPES[dtype]).newbyteorder("<")).reshape(self.shape(name))
+        raw = self.raw(name)
+        if dtype == "BOOL" and raw.max(initial=0) > 1:
+            raise FormatError(self.path, name, f"the byte {raw.max()}", "0 or 1, which are false and true")
+        try:
+            array = raw.view(np.dtype(DTYPES[dtype]).newbyteorder("<")).reshape(self.shape(name))
+        except ValueError as error:  # more dimensions than NumPy has, or [0, 2^62, 2^62]
+            raise FormatError(self.path, name, f"shape {shown(self.shape(name))}", f"a shape: {error}") from error
         return from_bfloat16(array) if dtype == "BF16" else array
 
 

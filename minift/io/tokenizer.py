@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from minift.io.atomic import atomic_write
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
 from minift.io.json_file import json_bytes, read_json
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -122,15 +122,17 @@ class Tokenizer:
         older_path = folder / "special_tokens_map.json"
         older = read_json(older_path) if older_path.exists() else {}
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend = _parse(path, path.read_text(encoding="utf-8"))
         except OSError as error:
             raise FormatError(path, "", error.strerror, "a tokenizer in the `tokenizers` library's format") from error
-        except Exception as error:  # the library raises a plain Exception
+        except UnicodeDecodeError as error:
             raise FormatError(path, "", error, "a tokenizer in the `tokenizers` library's format") from error
+        if _parse(path, written := backend.to_str()).to_str() != written:  # ids given twice, or unlike those asked for
+            raise FormatError(path, "", "ids that change when it is saved", "one id for each token, without gaps")
         special = {role: _content(config_path, role, config.get(role, older.get(role))) for role in SPECIAL}
-        stops = _stop_token_ids(folder)
+        stops, template = _stop_token_ids(folder), _chat_template(folder, config)
         try:
-            tokenizer = cls(backend, **special, chat_template=_chat_template(folder, config), stop_token_ids=stops)
+            tokenizer = cls(backend, **special, chat_template=template, stop_token_ids=stops)
         except ValueError as error:
             raise FormatError(config_path, "", error, "special tokens from the vocabulary") from error
         _check_vocab_size(folder, tokenizer)
@@ -151,24 +153,38 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
 
+def _parse(path: Path, text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a plain Exception, or Rust's PanicException, which is not even that
+        raise FormatError(path, "", error, "a tokenizer in the `tokenizers` library's format") from error
+
+
 def _content(path: Path, role: str, token: Any) -> str | None:
     """A special token: its string, or transformers 4's object with flags around it."""
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
-        raise FormatError(path, role, repr(token), "a string")
+        raise FormatError(path, role, shown(token), "a string")
     return token
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(path, "", error, "a template in UTF-8") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {item["name"]: item["template"] for item in template if isinstance(item, dict) and len(item) == 2}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise FormatError(folder / "tokenizer_config.json", "chat_template", type(template).__name__, "a string")
+    if template is not None and any("\ud800" <= c <= "\udfff" for c in template):
+        raise FormatError(folder / "tokenizer_config.json", "chat_template", "half a surrogate pair", "Unicode text")
     return template
 
 
@@ -179,8 +195,8 @@ def _stop_token_ids(folder: Path) -> list[int]:
         if (folder / name).exists():
             ids = read_json(folder / name).get("eos_token_id")
             ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-            if not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise FormatError(folder / name, "eos_token_id", ids, "a token id or a list of them")
+            if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+                raise FormatError(folder / name, "eos_token_id", shown(ids), "a token id or a list of them")
             found += ids
     return found
 

@@ -8,13 +8,15 @@ renamed; a run that is killed while it writes keeps the checkpoint before.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minift.io.errors import FormatError
+from minift.io.errors import FormatError, shown
+from minift.io.json_file import Fields, parse_json
 from minift.io.safetensors_file import SafetensorsFile, write_safetensors
 from minift.nn.weight import Arrays
 
@@ -47,15 +49,18 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
     if not path.exists():
         raise FormatError(path, "", "no checkpoint", "one to resume from; start without --resume first")
     file = SafetensorsFile(path)
-    try:
-        facts = json.loads(file.metadata["minift"])
-        step, saved, best_loss = facts["step"], facts["identity"], facts["best_loss"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise FormatError(path, "__metadata__", error, "a checkpoint of minift") from error
+    if "minift" not in file.metadata:
+        raise FormatError(path, "__metadata__", "nothing of minift", "a checkpoint of minift")
+    facts = Fields(path, parse_json(file.metadata["minift"].encode("utf-8"), path, "__metadata__"))
+    step, saved, best_loss = facts.whole("step", least=0), facts.values.get("identity"), facts.values.get("best_loss")
+    if not isinstance(saved, dict):
+        raise facts.error("identity", "an object: what the run was asked to do")
+    if best_loss is not None and (type(best_loss) is not float or not math.isfinite(best_loss)):
+        raise facts.error("best_loss", "a finite number or null")
     for key in sorted(identity.keys() | saved.keys()):
         if identity.get(key) != saved.get(key):
-            needed = f"{saved.get(key)!r}, as the run was started, or another --out"
-            raise FormatError(path, key, repr(identity.get(key)), needed)
+            needed = f"{shown(saved.get(key))}, as the run was started, or another --out"
+            raise FormatError(path, key, shown(identity.get(key)), needed)
     groups: dict[str, Arrays] = {group: {} for group in _GROUPS}
     for full in file.names():
         group, _, name = full.partition("/")
@@ -63,9 +68,14 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
             raise FormatError(path, full, "an array that this run does not train", f"arrays such as {next(iter(like))}")
         array = file.read(full)
         if array.shape != like[name].shape or array.dtype != like[name].dtype:
-            raise FormatError(path, full, f"{array.dtype} {array.shape}", f"{like[name].dtype} {like[name].shape}")
+            raise FormatError(
+                path, full, f"{array.dtype} {shown(array.shape)}", f"{like[name].dtype} {like[name].shape}"
+            )
         groups[group][name] = array
-    for group in _GROUPS[:3] if step else _GROUPS[:1]:  # there are no moments before the first step
+    whole = _GROUPS[:3] if step else _GROUPS[:1]  # there are no moments before the first step
+    if groups["best"]:
+        whole = (*whole, "best")
+    for group in whole:
         if missing := like.keys() - groups[group].keys():
             raise FormatError(path, f"{group}/{min(missing)}", "nothing", "an array for everything that learns")
     parameters, m, v, best = (groups[group] for group in _GROUPS)

@@ -232,11 +232,16 @@ def test_refusals(tmp_path, tokenizer, bpe):
         ("tokenizer_config.json", "[]", r"tokenizer_config.json: found JSON of type list"),
         ("tokenizer_config.json", '{"eos_token": "<nowhere>"}', r"eos_token '<nowhere>' is not in the vocabulary"),
         ("tokenizer_config.json", '{"eos_token": 3}', r"eos_token: found 3"),
+        (
+            "chat_template.jinja",
+            "\udcff",
+            r"chat_template.jinja: found .*invalid start byte, needed a template in UTF-8$",
+        ),
         ("generation_config.json", '{"eos_token_id": "2"}', r"generation_config.json: eos_token_id: found \['2'\]"),
         ("config.json", '{"vocab_size": 100}', r"tokenizer.json: vocab: found token id \d+, needed less .* 100"),
     ]:
         kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(FormatError, match=message):
             load_tokenizer(tmp_path)
         (tmp_path / name).write_bytes(kept if kept is not None else b"{}")
