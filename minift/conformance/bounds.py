@@ -24,11 +24,6 @@ def gamma(n: float, dtype: np.dtype | type) -> float:
     return nu / (1 - nu)
 
 
-def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
-    """|fl(ab) − ab| ≤ γ_K |a||b|, element by element, whatever the order of summation.       (Higham, eq. 3.13)"""
-    return gamma(a.shape[-1], dtype) * (np.abs(a) @ np.abs(b))
-
-
 def rms_norm(y: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
     """|fl(y) − y| ≤ (n/2 + 5) u |y|: a sum of n squares has no cancellation, its root halves the relative error, and
     five roundings follow: ε, root, reciprocal, two products."""
