@@ -44,6 +44,11 @@ class Batch:
         segments = None if self.segments is None else self.segments[rows]
         return Batch(self.tokens[rows], self.labels[rows], self.lengths[rows], segments)
 
+    def cut(self, width: int) -> Batch:
+        """The first `width` columns; no row may be longer."""
+        segments = None if self.segments is None else self.segments[:, :width]
+        return Batch(self.tokens[:, :width], self.labels[:, :width], self.lengths, segments)
+
 
 def count_labels(batch: Batch) -> int:
     """How many predictions count, after the shift: what the summed loss of a batch is divided by.

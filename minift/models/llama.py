@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,11 @@ from minift.nn.linear import linear
 from minift.nn.mlp import swiglu
 from minift.nn.norms import rms_norm
 from minift.nn.rope import RopeScaling, frequencies, rope, rotations
-from minift.nn.weight import Arrays, Params, dense, gradients, learns
+from minift.nn.weight import Arrays, Frozen, Params, add, dense, gradients, learns
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # they read the same x
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,8 @@ def _self_attention(params, name, x, layout, config, layer, prefix, cache, key):
     def join(x):  # (B, heads, T, d) -> (B, T, heads · d)
         return x.swapaxes(1, 2).reshape(batch, x.shape[2], -1)
 
-    q, q_vjp = linear(x, params[name + "q_proj.weight"], dropout_key=key(0))
-    k, k_vjp = linear(x, params[name + "k_proj.weight"], dropout_key=key(1))
-    v, v_vjp = linear(x, params[name + "v_proj.weight"], dropout_key=key(2))
+    sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+    (q, k, v), qkv_vjp = _linears(params, name, "qkv_proj", sizes, x, (key(0), key(1), key(2)))
     q, q_rope_vjp = rope(split(q), layout.cos, layout.sin)  # (B, H, T, d)
     k, k_rope_vjp = rope(split(k), layout.cos, layout.sin)  # (B, G, T, d)
     v = split(v)
@@ -148,11 +149,8 @@ def _self_attention(params, name, x, layout, config, layer, prefix, cache, key):
             length = prefix.shape[2]
             dprefix = np.stack([dk[:, :, :length].sum(axis=0), dv[:, :, :length].sum(axis=0)])
             dk, dv = dk[:, :, length:], dv[:, :, length:]
-        dx_q, dwq, _ = q_vjp(join(q_rope_vjp(dq)))
-        dx_k, dwk, _ = k_vjp(join(k_rope_vjp(dk)))
-        dx_v, dwv, _ = v_vjp(join(dv))
-        weights = zip(("q_proj", "k_proj", "v_proj", "o_proj"), (dwq, dwk, dwv, do), strict=True)
-        return dx_q + dx_k + dx_v, dprefix, [(f"{name}{module}.weight", dw) for module, dw in weights]
+        dx, weights = qkv_vjp(join(q_rope_vjp(dq)), join(k_rope_vjp(dk)), join(dv))
+        return dx, dprefix, [*weights, (name + "o_proj.weight", do)]
 
     return y, vjp
 
@@ -162,22 +160,40 @@ def _behind(prefix, x):
     return np.concatenate([np.broadcast_to(prefix, (len(x), *prefix.shape)), x], axis=2)
 
 
-def _mlp(params, name, x, key):
+def _mlp(params, name, x, config, key):
     """MLP(x) = swiglu(x W_gateᵀ, x W_upᵀ) W_downᵀ;  vjp(dy) -> dx, contributions."""
-    gate, gate_vjp = linear(x, params[name + "gate_proj.weight"], dropout_key=key(4))
-    up, up_vjp = linear(x, params[name + "up_proj.weight"], dropout_key=key(5))
+    sizes = 2 * [config.intermediate_size]
+    (gate, up), gate_up_vjp = _linears(params, name, "gate_up_proj", sizes, x, (key(4), key(5)))
     h, swiglu_vjp = swiglu(gate, up)
     y, down_vjp = linear(h, params[name + "down_proj.weight"], dropout_key=key(6))
 
     def vjp(dy):
         dh, ddown, _ = down_vjp(dy)
-        dgate, dup = swiglu_vjp(dh)
-        dx_gate, dw_gate, _ = gate_vjp(dgate)
-        dx_up, dw_up, _ = up_vjp(dup)
-        weights = zip(("gate_proj", "up_proj", "down_proj"), (dw_gate, dw_up, ddown), strict=True)
-        return dx_gate + dx_up, [(f"{name}{module}.weight", dw) for module, dw in weights]
+        dx, weights = gate_up_vjp(*swiglu_vjp(dh))
+        return dx, [*weights, (name + "down_proj.weight", ddown)]
 
     return y, vjp
+
+
+def _linears(params, name, fused, sizes, x, keys):
+    """y_i = x W_iᵀ for several weights that read the same x;  vjp(dy_1, dy_2, …) -> dx, contributions.
+
+    One product where `fuse` has stacked them; `sizes` are the widths of the outputs."""
+    if f"{name}{fused}.weight" in params:
+        y, stacked_vjp = linear(x, params[f"{name}{fused}.weight"])
+        outputs = np.split(y, np.cumsum(sizes)[:-1], axis=-1)
+        return outputs, lambda *dys: (stacked_vjp(np.concatenate(dys, axis=-1))[0], [])
+
+    weights = [f"{name}{module}.weight" for module in FUSED[fused]]
+    outputs, pullbacks = zip(
+        *(linear(x, params[weight], dropout_key=key) for weight, key in zip(weights, keys, strict=True)), strict=True
+    )
+
+    def vjp(*dys):
+        dxs, dweights, _ = zip(*(pullback(dy) for pullback, dy in zip(pullbacks, dys, strict=True)), strict=True)
+        return reduce(add, dxs), list(zip(weights, dweights, strict=True))
+
+    return outputs, vjp
 
 
 def block(params, x, layout, config, layer, prefix=None, cache=None, dropout_key=None):
@@ -192,7 +208,7 @@ def block(params, x, layout, config, layer, prefix=None, cache=None, dropout_key
     a, attention_vjp = _self_attention(params, name + "self_attn.", normed, layout, config, layer, prefix, cache, key)
     middle = x + a
     normed, mlp_norm_vjp = rms_norm(middle, params[name + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    m, mlp_vjp = _mlp(params, name + "mlp.", normed, key)
+    m, mlp_vjp = _mlp(params, name + "mlp.", normed, config, key)
     y = middle + m
 
     def vjp(dy):
@@ -250,8 +266,7 @@ def backbone(
     else:
         x = inputs
     layout = _layout(x, config, segments, prefix, cache)
-    input_learns = not from_tokens or prefix is not None or learns(params[EMBEDDING])
-    lowest = 0 if input_learns else _lowest_that_learns(params, config)
+    lowest = _lowest_that_learns(params, config) if from_tokens and prefix is None and cache is None else 0
 
     def run(layer, x):
         layer_prefix = None if prefix is None else prefix[layer]
@@ -304,6 +319,22 @@ def forward(
         return gradients([*below.items(), (name, dhead)])
 
     return logits, vjp
+
+
+def fuse(params: Params) -> dict[str, Any]:
+    """The same model to generate with: nothing learns, and weights that read the same input are stacked.
+
+        x [W_q; W_k; W_v]ᵀ = [q, k, v]        x [W_gate; W_up]ᵀ = [gate, up]                            (4)
+
+    A token reads every weight once and does little with it, so few large products are faster than many small ones. All
+    weights become dense, since a quantized one or an adapter would be computed anew for every token."""
+    fused = {name: dense(weight) for name, weight in params.items()}
+    for name in params:
+        for module, parts in FUSED.items():
+            path = name.removesuffix(f"{parts[0]}.weight")
+            if path != name:
+                fused[f"{path}{module}.weight"] = np.concatenate([fused.pop(f"{path}{part}.weight") for part in parts])
+    return {name: Frozen(array) for name, array in fused.items()}
 
 
 def stream(
@@ -375,6 +406,9 @@ def _layout(x, config, segments, prefix, cache) -> _Layout:
 
 
 def _lowest_that_learns(params, config) -> int:
+    """The first block that the backward pass must reach."""
+    if learns(params[EMBEDDING]):
+        return 0
     for layer in range(config.num_hidden_layers):
         if any(learns(w) for name, w in params.items() if name.startswith(f"model.layers.{layer}.")):
             return layer

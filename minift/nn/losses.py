@@ -7,6 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Integer
 
+from minift.nn.linear import linear
+from minift.nn.weight import Weight, add, times
+
+ROWS = 128  # of logits at a time: for 50,000 tokens 25 MB
 IGNORE_INDEX = -100  # the label of a position that does not count; PyTorch's default, every library's convention
 
 
@@ -40,17 +44,61 @@ def cross_entropy(
         raise ValueError(f"labels span {target.min()}..{target.max()}, needed 0..{vocab - 1} or {IGNORE_INDEX}")
     n = logits.dtype.type(max(counts.sum(), 1) if normalizer is None else normalizer)
 
-    log_p = log_softmax(logits)  # (..., vocab)
-    nll = -np.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]  # (...)
+    e = logits - logits.max(axis=-1, keepdims=True)  # (..., vocab)
+    at_label = np.take_along_axis(e, target[..., None], axis=-1)  # (..., 1)
+    np.exp(e, out=e)
+    total = e.sum(axis=-1, keepdims=True)  # p = e / total
+    nll = (np.log(total) - at_label)[..., 0]  # (...)
     loss = np.where(counts, nll, 0).sum() / n
 
     def vjp(dloss):
-        dlogits = np.exp(log_p)  # p
-        np.put_along_axis(  # p − onehot
-            dlogits, target[..., None], np.take_along_axis(dlogits, target[..., None], axis=-1) - 1, axis=-1
-        )
-        dlogits *= logits.dtype.type(dloss) / n
+        share = logits.dtype.type(dloss) / n
+        dlogits = e * (share / total)  # dloss p / N
+        p_label = np.take_along_axis(dlogits, target[..., None], axis=-1)
+        np.put_along_axis(dlogits, target[..., None], p_label - share, axis=-1)
         dlogits[~counts] = 0  # also where padding's logits are not finite
         return dlogits
+
+    return loss, vjp
+
+
+def linear_cross_entropy(
+    x: Float[np.ndarray, "rows d"],
+    weight: Float[np.ndarray, "vocab d"] | Weight,
+    labels: Integer[np.ndarray, " rows"],
+    normalizer: float | None = None,
+    *,
+    recompute: bool = False,
+) -> tuple[np.floating, Callable]:
+    """The output matrix and the loss behind it, `ROWS` rows at a time: the logits never exist all at once.
+
+        loss = cross_entropy(x Wᵀ, labels)                                                              (3)
+
+    `vjp(dloss) -> dx, dweight`. As the loss is a single number, its pullback only multiplies by dloss; so the gradient
+    is formed along with the value, while a few rows' logits are at hand (Hsu et al. 2024, arXiv 2410.10989, §3.2).
+    With `recompute` it is formed in the pullback, from logits computed again: for evaluation, where no one calls it.
+    """
+    n = max(np.count_nonzero(labels != IGNORE_INDEX), 1) if normalizer is None else normalizer
+    parts = [slice(first, first + ROWS) for first in range(0, len(x), ROWS)]
+
+    def gradient():
+        total, dx, dweight = x.dtype.type(0), np.empty_like(x), None
+        for part in parts:
+            logits, linear_vjp = linear(x[part], weight)
+            value, loss_vjp = cross_entropy(logits, labels[part], n)
+            total += value
+            dx[part], dweight_part, _ = linear_vjp(loss_vjp(1.0))
+            dweight = add(dweight, dweight_part)
+        return total, dx, dweight
+
+    def value_only():
+        values = (cross_entropy(linear(x[part], weight)[0], labels[part], n)[0] for part in parts)
+        return sum(values, x.dtype.type(0))
+
+    loss, dx, dweight = (value_only(), None, None) if recompute else gradient()
+
+    def vjp(dloss):
+        _, dx_, dweight_ = gradient() if recompute else (loss, dx, dweight)
+        return dx_ * x.dtype.type(dloss), times(dloss, dweight_)
 
     return loss, vjp

@@ -11,7 +11,11 @@ from jaxtyping import Float
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """σ(x) = 1 / (1 + e^−x), through tanh: no overflow on either side."""
-    return 0.5 * np.tanh(0.5 * x) + 0.5
+    s = np.multiply(x, 0.5)
+    np.tanh(s, out=s)
+    s *= 0.5
+    s += 0.5
+    return s
 
 
 def swiglu(
@@ -24,12 +28,17 @@ def swiglu(
     `vjp(dy) -> dgate, dup`. g and u are the outputs of `gate_proj` and `up_proj`.
     """
     s = sigmoid(gate)
-    y = gate * s * up
+    y = gate * s
+    y *= up
 
     def vjp(dy):
         silu = gate * s
         dup = dy * silu
-        dgate = dy * up * (s + silu * (1 - s))  # σ + gσ(1 − σ)
+        dgate = 1 - s
+        dgate *= silu
+        dgate += s  # σ + gσ(1 − σ)
+        dgate *= up
+        dgate *= dy
         return dgate, dup
 
     return y, vjp

@@ -33,14 +33,15 @@ def rms_norm(
     The mean is not subtracted, unlike in `layer_norm`; ε keeps an all-zero row at zero.
     """
     gain, gain_learns = unwrap(weight)
-    inv_rms = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)  # (..., 1)
+    inv_rms = 1 / np.sqrt(_mean_of_products(x, x) + eps)  # (..., 1)
     x_hat = x * inv_rms  # (..., d)
     y = x_hat * gain
 
     def vjp(dy):
         dx_hat = dy * gain  # from  y = x_hat * gain
         dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
-        dx = inv_rms * (dx_hat - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True))
+        dx = dx_hat - x_hat * _mean_of_products(dx_hat, x_hat)
+        dx *= inv_rms
         return dx, dweight
 
     return y, vjp
@@ -65,7 +66,7 @@ def layer_norm(
     gain, gain_learns = unwrap(weight)
     shift, shift_learns = unwrap(bias)
     centered = x - np.mean(x, axis=-1, keepdims=True)  # (..., d)
-    inv_std = 1 / np.sqrt(np.mean(centered * centered, axis=-1, keepdims=True) + eps)  # (..., 1)
+    inv_std = 1 / np.sqrt(_mean_of_products(centered, centered) + eps)  # (..., 1)
     x_hat = centered * inv_std
     y = x_hat * gain + shift
 
@@ -73,9 +74,14 @@ def layer_norm(
         dx_hat = dy * gain  # from  y = x_hat * gain + shift
         dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
         dbias = sum_to(dy, shift.shape) if shift_learns else None
-        dx = inv_std * (
-            dx_hat - np.mean(dx_hat, axis=-1, keepdims=True) - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True)
-        )
+        dx = dx_hat - np.mean(dx_hat, axis=-1, keepdims=True)
+        dx -= x_hat * _mean_of_products(dx_hat, x_hat)
+        dx *= inv_std
         return dx, dweight, dbias
 
     return y, vjp
+
+
+def _mean_of_products(x, y):
+    """mean(x y) over the last axis, which stays as one of length 1: a dot product a row, with no array of products."""
+    return np.vecdot(x, y)[..., None] / x.shape[-1]

@@ -75,13 +75,12 @@ def rope(
     by −φ.
     """
     cos, sin = cos[:, None], sin[:, None]  # (batch, 1, tokens, half): the same for every head
+    first, second = np.s_[..., : x.shape[-1] // 2], np.s_[..., x.shape[-1] // 2 :]
 
     def turn(x, sin):
-        x1, x2 = np.split(x, 2, axis=-1)
         y = np.empty_like(x)
-        y1, y2 = np.split(y, 2, axis=-1)
-        np.subtract(x1 * cos, x2 * sin, out=y1)
-        np.add(x2 * cos, x1 * sin, out=y2)
+        np.subtract(x[first] * cos, x[second] * sin, out=y[first])
+        np.add(x[second] * cos, x[first] * sin, out=y[second])
         return y
 
     def vjp(dy):

@@ -152,6 +152,23 @@ def replace(params: Params, arrays: Arrays) -> dict[str, Any]:
     return replaced
 
 
+def add(total: Cotangent, part: Cotangent) -> Cotangent:
+    """total + part, in place where there is a total."""
+    if total is None or part is None:
+        return part if total is None else total
+    if isinstance(total, dict):
+        return {name: add(array, part[name]) for name, array in total.items()}
+    total += part
+    return total
+
+
+def times(factor: float, cotangent: Cotangent) -> Cotangent:
+    """factor · cotangent, in the cotangent's own type."""
+    if cotangent is None or isinstance(cotangent, np.ndarray):
+        return None if cotangent is None else cotangent * cotangent.dtype.type(factor)
+    return {name: array * array.dtype.type(factor) for name, array in cotangent.items()}
+
+
 def gradients(contributions: Iterable[tuple[str, Cotangent]]) -> Arrays:
     """One array a name from (weight's name, cotangent) pairs; several contributions to one name add up.
 

@@ -49,30 +49,31 @@ def forward(
 ) -> tuple[Float[np.ndarray, "*rows d_out"], Callable]:
     """The base layer plus a detour of rank r.                                 (Hu et al. 2021, arXiv 2106.09685, eq. 3)
 
-        y = x Wᵀ + s h Bᵀ        h = x̃ Aᵀ        x̃ = dropout(x, p), on the detour only                  (2)
+        y = x Wᵀ + h Bᵀ        h = s x̃ Aᵀ        x̃ = dropout(x, p), on the detour only                  (2)
 
     `vjp(dy) -> dx, dW, dA, dB`:
 
-        dh = s dy B        dA = dhᵀ x̃        dB = s dyᵀ h        dx = dy W + dropout_vjp(dh A)          (3)
+        dh = s dy B        dA = dhᵀ x̃        dB = dyᵀ h        dx = dy W + dropout_vjp(dh A)            (3)
 
     dW is None: W is frozen, and the product dyᵀ x that full fine-tuning spends a third of its time on is never formed.
     No dropout without a `dropout_key`.
     """
     base = Frozen(W) if isinstance(W, np.ndarray) else W
-    y_base, base_vjp = base.linear(x)
+    y, base_vjp = base.linear(x)
     if p and dropout_key is not None:
         x_tilde, dropout_vjp = dropout(x, p, dropout_key)
     else:
         x_tilde, dropout_vjp = x, lambda dx_tilde: dx_tilde
     h = x_tilde @ A.T  # (..., r)
-    y = y_base + (scaling * h) @ B.T  # (..., d_out)
+    h *= scaling
+    y += h @ B.T  # (..., d_out)
 
     def vjp(dy):
-        dx_base, _ = base_vjp(dy)
+        dx, _ = base_vjp(dy)
         dh = scaling * (dy @ B)  # (..., r)
         dA = rows(dh).T @ rows(x_tilde)
-        dB = rows(dy).T @ rows(scaling * h)
-        dx = dx_base + dropout_vjp(dh @ A)
+        dB = rows(dy).T @ rows(h)
+        dx += dropout_vjp(dh @ A)
         return dx, None, dA, dB
 
     return y, vjp

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,8 +31,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from minift.nn.threads import on_all_cores
+
 TINY = np.float32(1e-38)
-CHUNK = 65536  # elements at a time, so that the temporaries (a few hundred kilobytes) stay in the cache
+CHUNK = 1 << 17  # elements at a time, so that the temporaries (half a megabyte each) stay in the cache
 FEW = 16  # thresholds up to which a pass for each is as fast as the table
 
 
@@ -80,18 +82,24 @@ def quantize(
     thresholds = midpoints(code)
     codes = np.empty(x.size, np.uint8)
     absmax = np.empty(block_count(x.size, block_size), np.float32)
-    for elements, _, scaled in scaled_chunks(x, block_size, absmax):
+
+    def encode(elements, scaled):
         codes[elements] = count_below(scaled, thresholds)
+
+    for_scaled_chunks(encode, x, block_size, absmax)
     return BlockwiseTensor(codes, absmax, code, x.shape, block_size)
 
 
 def dequantize(q: BlockwiseTensor, dtype: Any = None) -> Float[np.ndarray, "*shape"]:
     """x̂ = c_q · a: equation (3), rounded to float32 once, and once more to `dtype` if that is not float32."""
     x = np.empty(q.codes.size, np.float32)
-    for elements, blocks, width in chunks(x.size, q.block_size):
+
+    def decode(elements, blocks, width):
         q.code.take(q.codes[elements], out=x[elements], mode="clip")
         rows = x[elements].reshape(-1, width)  # (blocks, width), a view
         rows *= q.absmax[blocks, None]
+
+    on_all_cores(decode, chunks(x.size, q.block_size))
     return x.reshape(q.shape).astype(dtype or np.float32, copy=False)
 
 
@@ -180,12 +188,16 @@ def chunks(n: int, block_size: int) -> Iterator[tuple[slice, slice, int]]:
         yield slice(whole * block_size, n), slice(whole, whole + 1), n % block_size
 
 
-def scaled_chunks(
-    x: np.ndarray, block_size: int, absmax: Float32[np.ndarray, " blocks"]
-) -> Iterator[tuple[slice, slice, Float32[np.ndarray, " n"]]]:
-    """Equation (1) and the product in (2), chunk by chunk: (elements, blocks, x · (1/a)). Fills `absmax`."""
+def for_scaled_chunks(
+    encode: Callable[[slice, np.ndarray], None],
+    x: np.ndarray,
+    block_size: int,
+    absmax: Float32[np.ndarray, " blocks"],
+) -> None:
+    """Equation (1) and the product in (2), chunk by chunk: fills `absmax`, calls `encode(elements, x · (1/a))`."""
     flat = x.reshape(-1)
-    for elements, blocks, width in chunks(flat.size, block_size):
+
+    def scale_and_encode(elements, blocks, width):
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused as such
             rows = flat[elements].astype(np.float32, copy=False).reshape(-1, width)  # (blocks, width)
         magnitude = np.abs(rows)
@@ -193,7 +205,9 @@ def scaled_chunks(
         if not np.isfinite(scale).all():
             refuse_non_finite(x)
         inverse = 1 / np.maximum(scale, TINY)
-        yield elements, blocks, np.multiply(rows, inverse[:, None], out=magnitude).reshape(-1)
+        encode(elements, np.multiply(rows, inverse[:, None], out=magnitude).reshape(-1))
+
+    on_all_cores(scale_and_encode, chunks(flat.size, block_size))
 
 
 def refuse_non_finite(x: np.ndarray) -> None:

@@ -30,6 +30,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from minift.nn.threads import on_all_cores
 from minift.quant import blockwise
 from minift.quant.codebooks import read_only, torch_linspace
 
@@ -149,9 +150,12 @@ def quantize(w: Float[np.ndarray, "*shape"], block_size: int = 64) -> NF4Tensor:
     check_block_size(block_size)
     codes = np.empty((w.size + 1) // 2, np.uint8)
     absmax = np.empty(blockwise.block_count(w.size, block_size), np.float32)
-    for elements, _, scaled in blockwise.scaled_chunks(w, block_size, absmax):
+
+    def encode(elements, scaled):
         pairs = pack(blockwise.count_below(scaled, MIDPOINTS))
         codes[elements.start // 2 : elements.start // 2 + pairs.size] = pairs  # a chunk starts at an even element
+
+    blockwise.for_scaled_chunks(encode, w, block_size, absmax)
     return NF4Tensor(codes, absmax, w.shape, block_size)
 
 
@@ -161,11 +165,14 @@ def dequantize(q: NF4Tensor, dtype: Any = None) -> Float[np.ndarray, "*shape"]:
     One look-up gives both numbers of a byte: a pair of float32 is moved as one 8-byte word."""
     scales = q.scales()
     w = np.empty(2 * q.codes.size, np.float32)
-    for elements, blocks, width in blockwise.chunks(q.size, q.block_size):
+
+    def decode(elements, blocks, width):
         first, last = elements.start // 2, (elements.stop + 1) // 2
         _WORDS.take(q.codes[first:last], out=w[2 * first : 2 * last].view(np.uint64), mode="clip")
         rows = w[elements].reshape(-1, width)  # (blocks, width), a view
         rows *= scales[blocks, None]
+
+    on_all_cores(decode, blockwise.chunks(q.size, q.block_size))
     return w[: q.size].reshape(q.shape).astype(dtype or np.float32, copy=False)
 
 

@@ -28,6 +28,7 @@ from minift.nn.weight import Arrays, Params, replace, trainable
 from minift.optim.adamw import AdamW, clip_by_global_norm
 from minift.optim.schedules import Schedule, learning_rate
 from minift.train import checkpoint
+from minift.train.allocator import keep_freed_memory
 
 METRICS = "metrics.jsonl"
 
@@ -101,6 +102,7 @@ def fit(
     FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite
     or nothing learns.
     """
+    keep_freed_memory()
     arrays = checkpoint.copy(trainable(params))
     if not arrays:
         raise ValueError("nothing learns in these parameters: attach an adapter, or thaw what should be trained")

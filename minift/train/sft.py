@@ -8,8 +8,7 @@ import numpy as np
 
 from minift.data.batches import Batch
 from minift.models import llama
-from minift.nn.linear import linear
-from minift.nn.losses import IGNORE_INDEX, cross_entropy
+from minift.nn.losses import IGNORE_INDEX, linear_cross_entropy
 from minift.nn.weight import Params, gradients
 
 
@@ -27,7 +26,7 @@ def loss(
 
     `vjp(dloss) -> {name: gradient}`. N is the number of labels in this batch, or `normalizer` (see `cross_entropy`).
     Only positions whose next label counts are multiplied by the head: with loss on the answers alone, a fraction
-    of the logits is formed.
+    of the logits is formed. `recompute` is that of `llama.backbone` and `linear_cross_entropy`.
     """
     hidden, backbone_vjp = llama.backbone(
         params,
@@ -41,11 +40,12 @@ def loss(
     next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
     counting = np.nonzero(next_labels != IGNORE_INDEX)  # (rows, positions)
     name = llama.head_name(config)
-    logits, head_vjp = linear(hidden[counting], params[name])  # (N, vocab)
-    value, loss_vjp = cross_entropy(logits, next_labels[counting], normalizer)
+    value, loss_vjp = linear_cross_entropy(
+        hidden[counting], params[name], next_labels[counting], normalizer, recompute=recompute
+    )
 
     def vjp(dloss):
-        drows, dhead, _ = head_vjp(loss_vjp(dloss))
+        drows, dhead = loss_vjp(dloss)
         dhidden = np.zeros_like(hidden)
         dhidden[counting] = drows
         _, _, below = backbone_vjp(dhidden)

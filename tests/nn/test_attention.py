@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minift.conformance.ball import Ball
 from minift.conformance.bounds import gamma
 from minift.conformance.gradients import check_vjp
-from minift.nn.attention import KVCache, attention, attention_1, attention_2, causal_mask
+from minift.nn.attention import KVCache, attention, attention_1, attention_2, attention_3, causal_mask
 from nn import checks
 
 # seed, batch, heads, kv_heads, tokens, keys, d, what is visible
@@ -235,7 +235,7 @@ PROPERTIES = (
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("holds", PROPERTIES)
-@pytest.mark.parametrize("op", [attention_1, attention_2])
+@pytest.mark.parametrize("op", [attention_1, attention_2, attention_3])
 def test_attention(op, holds, case):
     holds(op, case)
 
@@ -253,7 +253,7 @@ def test_attention_kill_matrix():
 
 
 def test_the_fast_form_is_the_default():
-    assert attention is attention_2
+    assert attention is attention_3
 
 
 @st.composite

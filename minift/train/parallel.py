@@ -1,0 +1,59 @@
+"""Data parallelism: sequences never look at each other, so each core takes some of them.
+
+    L(rows) = L(rows₁) + L(rows₂) + …        ∂L = ∂L₁ + ∂L₂ + …                                         (1)
+
+provided that every part is divided by the number of labels in the *whole* batch. On many machines each part would have
+its own copy of the weights, and the sum would go over a network; here threads share the weights and only read them.
+
+Why not leave it to the threads inside the matrix product? They help there and nowhere else: element-wise functions run
+on one core while the others wait. Here each core does everything for its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import numpy as np
+
+from minift.data.batches import Batch, count_labels
+from minift.nn import threads as cores
+from minift.nn.dropout import fold_in
+from minift.nn.weight import Params, add
+
+Loss = Callable[[Params, Batch, float | None, int], tuple[np.floating, Callable]]
+
+
+def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
+    """The same loss, and up to the order of a sum the same gradient, with the rows shared out among `threads`.
+
+    `threads` is by default what BLAS may use. Each part draws its own dropout. The parts depend on the batch and
+    `threads` only, and are added up in order: two runs on one machine agree in every bit. ValueError below one thread.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, needed at least 1")
+
+    def shared(params, batch, normalizer, key):
+        n = cores.count() if threads is None else threads
+        parts = share(batch, n)
+        if len(parts) == 1:
+            return loss(params, batch, normalizer, key)
+        whole = float(max(count_labels(batch), 1)) if normalizer is None else normalizer
+        with cores.side_by_side(n) as each:
+            results = each(lambda i: loss(params, parts[i], whole, fold_in(key, i)), range(len(parts)))
+            values, pullbacks = zip(*results, strict=True)
+
+        def vjp(dloss):
+            with cores.side_by_side(n) as each:
+                return reduce(add, each(lambda pullback: pullback(dloss), pullbacks))
+
+        return sum(values), vjp
+
+    return shared
+
+
+def share(batch: Batch, parts: int) -> list[Batch]:
+    """The rows dealt out like cards, so that long and short ones mix, each part cut to its own longest row."""
+    rows = np.arange(len(batch.tokens))
+    dealt = [batch.take(rows[first::parts]) for first in range(min(parts, len(rows)))]
+    return [part.cut(int(part.lengths.max())) for part in dealt]
