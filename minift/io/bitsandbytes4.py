@@ -72,7 +72,7 @@ def unpack_tensor(
     codes = _part(tensors, path, name, np.uint8).reshape(-1)
     table = _part(tensors, path, f"{name}.quant_map", np.float32)
     if not np.array_equal(table, TABLES[quant_type]):
-        found, needed = f"another table, {table}", f"the sixteen {quant_type.upper()} values"
+        found, needed = f"another table, {table[:16].tolist()}", f"the sixteen {quant_type.upper()} values"
         raise FormatError(path, f"{name}.quant_map", found, needed)
     if "nested_blocksize" in settings.values:
         offset = settings.values.get("nested_offset")
