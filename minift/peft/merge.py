@@ -17,8 +17,9 @@ W_q − W. How far off a way is, is measured in units of the adapter's own contr
 
     error = √( Σ ‖W_merged − W_trained‖² ) / √( Σ ‖s B A‖² )                                              (5)
 
-At 1 the merged weights are as far from the trained ones as the base without any adapter. NF4 loses about 9 % of a
-normal weight, and what an adapter learns is often smaller, so (3) and (4) can well lose most of it.
+At 1 the merged weights are as far from the trained ones as the base without any adapter. NF4 loses 9 % of a normal
+matrix, and what an adapter adds is often less. If it adds 10 %, the error of (3) is 0.92 and that of (4) 0.79; if it
+adds 50 %, they are 0.18 and 0.21.
 """
 
 from __future__ import annotations
