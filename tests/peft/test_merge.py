@@ -1,5 +1,7 @@
 """Merging, three ways: each by hand in float64, the bounds of what it loses, and wrong versions that are rejected."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import wrong_merge
@@ -71,6 +73,7 @@ def the_exact_way_loses_rounding_only(impl):
     for over_nf4, expected in ((True, "dequantized"), (False, "original")):
         original, trained = model(over_nf4)
         assert impl.exact_way(trained) == expected
+        assert get_args(impl.Way) == ("dequantized", "original", "requantized")
         merged = {"dequantized": impl.merge_dequantized(trained), "original": impl.merge_original(trained, original)}
         adapted = {n: w for n, w in trained.items() if isinstance(w, LoRA)}
         rounding = np.sqrt(sum(np.square(by_hand(w.base.dense(), w)[1]).sum() for w in adapted.values()))
