@@ -91,7 +91,7 @@ def merge_error(merged: Params, trained: Params) -> float:
 
 def squares(x: np.ndarray) -> float:
     """‖x‖², in float64. Those of several layers add up."""
-    flat = x.reshape(-1).astype(np.float64, copy=False)
+    flat = np.asarray(x, np.float64).ravel()
     return float(flat @ flat)
 
 

@@ -1,12 +1,16 @@
 """Merging, three ways: each by hand in float64, the bounds of what it loses, and wrong versions that are rejected."""
 
+import warnings
 from typing import get_args
 
 import numpy as np
 import pytest
+import transformers
 import wrong_merge
 
+import peft
 from minift.conformance import bounds
+from minift.io import save_adapter, save_model
 from minift.models import llama
 from minift.nn.weight import Frozen, dense, replace, trainable
 from minift.peft import lora, merge, qlora
@@ -125,6 +129,32 @@ def what_has_no_adapter_keeps_its_bits(impl):
         assert (np.abs(dense(head) - exact) <= bound).all()
 
 
+def scales_are_as_asked(impl):
+    """float32 unless asked otherwise; asked for 8 bits, layers with float32 scales get what `compress` gives."""
+    original, _ = model(over_nf4=True)
+    base = qlora.quantize(original, use_double_quant=False)
+    trained = lora.attach(base, ["q_proj"], r=2, rng=np.random.default_rng(0))
+    for options in ({}, {"use_double_quant": True}):
+        merged = impl.merge_requantized(trained, **options)
+        for name, w in base.items():
+            if isinstance(w, NF4Tensor):
+                expected = double_quant.compress(w) if options else w
+                assert isinstance(merged[name].absmax, np.ndarray) is not bool(options)
+                assert merged[name].scales().tobytes() == expected.scales().tobytes(), name
+
+
+def a_base_of_both_kinds_is_left_as_it_is(impl):
+    """Where only some layers are in 4 bits the adapter was trained over just that, so nothing more is quantized."""
+    original, _ = model(over_nf4=True)
+    base = qlora.quantize(original, ["q_proj"])
+    attached = lora.attach(base, TARGETS, r=2, rng=np.random.default_rng(0))
+    trained = replace(attached, {n: a + np.float32(0.1) for n, a in trainable(attached).items()})
+    assert impl.exact_way(trained) == "dequantized"
+    assert impl.merge_error(impl.merge_dequantized(trained), trained) < 1e-5
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert np.array_equal(dense(impl.merge_dequantized(trained)[up]), original[up])
+
+
 def error_is_the_ratio_of_two_norms(impl):
     """Over all adapted layers as if they were one long vector; what else changed does not count."""
     for over_nf4 in (True, False):
@@ -149,6 +179,8 @@ PROPERTIES = (
     the_exact_way_loses_rounding_only,
     requantized_error_is_bounded,
     what_has_no_adapter_keeps_its_bits,
+    scales_are_as_asked,
+    a_base_of_both_kinds_is_left_as_it_is,
     error_is_the_ratio_of_two_norms,
 )
 
@@ -185,6 +217,39 @@ def test_how_much_of_an_adapter_is_lost(rng):
     assert lost[0.1][0] < 1e-5 and lost[0.5][0] < 1e-6
     np.testing.assert_allclose(lost[0.1][1:], [0.92, 0.79], atol=0.01)
     np.testing.assert_allclose(lost[0.5][1:], [0.18, 0.21], atol=0.01)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_requantized_is_what_peft_merges(tmp_path, double):
+    """PEFT on a model of transformers and bitsandbytes: `merge_and_unload` dequantizes, adds and quantizes again. Its
+    codes are ours, unless rounding decides: then the number lies at a midpoint, as near as the sum is exact."""
+    config = llama.Config(61, 64, 128, 2, 4, 2, 16)  # rows of whole blocks: others it dequantizes wrongly on AVX-512
+    rng = np.random.default_rng(5)
+    original = {n: (0.05 * rng.standard_normal(s)).astype(np.float32) for n, s in llama.shapes(config).items()}
+    base = qlora.quantize(original, use_double_quant=double)
+    attached = lora.attach(base, r=3, lora_alpha=7, rng=rng)
+    learned = {n: (0.05 * rng.standard_normal(a.shape)).astype(np.float32) for n, a in trainable(attached).items()}
+    trained = replace(attached, learned)
+    save_model(tmp_path / "q", config, base)
+    save_adapter(tmp_path / "a", lora.detach(trained)[1])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
+    peers = peft.PeftModel.from_pretrained(loaded, tmp_path / "a").train()  # for inference the weights are packed anew
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit linear may get different generations")
+        merged = dict(peers.merge_and_unload().named_parameters())
+    ours = merge.merge_requantized(trained, use_double_quant=double)
+    layers = {name: q for name, q in ours.items() if isinstance(q, NF4Tensor)}
+    assert len(layers) == 14
+    for name, q in layers.items():
+        w = trained[name]
+        exact, rounding = (x.reshape(-1) for x in by_hand(w.base.dense(), w))
+        theirs, mine = (nf4.unpack(c, exact.size) for c in (merged[name].data.numpy().reshape(-1), q.codes))
+        for at in np.nonzero(theirs != mine)[0]:
+            a = np.abs(exact.reshape(-1, 64)[at // 64]).max()
+            nearest = np.abs(exact[at] / a - nf4.MIDPOINTS.astype(f64)).min()
+            assert nearest <= 2 * rounding[at] / a + 4 * bounds.unit_roundoff(np.float32), (name, at)
+        assert np.count_nonzero(theirs != mine) < 1e-3 * exact.size
+        assert merged[name].quant_state.nested is double
 
 
 def test_an_adapter_that_has_learned_nothing(rng):
