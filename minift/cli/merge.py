@@ -92,7 +92,8 @@ class Merge:
 
         loss = None if yardstick is None else _loss(*yardstick)
         ordered = {way: rows[way] for way in FORMULAS}
-        _show(ordered, exact, into, loss)
+        notes = {exact: "exact" if self.dtype == "float32" else f"exact up to {self.dtype}"}
+        _show(ordered, notes | {into: ", ".join(filter(None, (notes.get(into), "written")))}, loss)
         console.print(f"wrote {self.out}: {into}, {self.dtype}")
         result = {"out": str(self.out), "merged_layers": changed, "dtype": self.dtype, "into": into, "exact": exact}
         emit(result | {"unmerged_loss": loss, "ways": ordered}, self.json)
@@ -135,21 +136,20 @@ def _number(x: float | np.floating) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def _show(rows: dict[Way, dict[str, Any]], exact: Way, into: Way, loss: float | None) -> None:
+def _show(rows: dict[Way, dict[str, Any]], notes: dict[Way, str], loss: float | None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), caption=LEGEND, caption_justify="left")
     for heading in ("", "error", "Δ logits", "loss", "MB", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     if loss is not None:
         table.add_row("unmerged", "", "", f"{loss:.4f}", "", "")
     for way, row in rows.items():
-        notes = [note for note, holds in (("exact", way == exact), ("written", way == into)) if holds]
         table.add_row(
             f"{way:<12} {FORMULAS[way]}",
             _short(row["error"], ".2g"),
             _short(row.get("logits"), ".2g"),
             _short(row.get("loss"), ".4f"),
             f"{row['bytes'] / 1e6:,.1f}",
-            ", ".join(notes),
+            notes.get(way, ""),
         )
     console.print(table)
 
