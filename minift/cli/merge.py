@@ -92,9 +92,8 @@ class Merge:
 
         loss = None if yardstick is None else _loss(*yardstick)
         ordered = {way: rows[way] for way in FORMULAS}
-        notes = {exact: "exact" if self.dtype == "float32" else f"exact up to {self.dtype}"}
-        _show(ordered, notes | {into: ", ".join(filter(None, (notes.get(into), "written")))}, loss)
-        console.print(f"wrote {self.out}: {into}, {self.dtype}")
+        _show(ordered, {exact: "exact" if self.dtype == "float32" else "exact, rounded"}, loss)
+        console.print(f"wrote {self.out}: the {into} way, {self.dtype}")
         result = {"out": str(self.out), "merged_layers": changed, "dtype": self.dtype, "into": into, "exact": exact}
         emit(result | {"unmerged_loss": loss, "ways": ordered}, self.json)
         return 0

@@ -83,8 +83,9 @@ def test_the_table(call, adapted, over_nf4, dtype):
     errors = {way: row["error"] for way, row in result["ways"].items()}
     assert errors[exact] == min(errors.values()) < (1e-6 if dtype == "float32" else 0.1)
     assert errors["requantized"] > 0.1 and max(errors.values()) > 0.2
-    said = "exact, written" if dtype == "float32" else "exact up to bfloat16, written"
+    said = " exact" if dtype == "float32" else " exact, rounded"
     assert [line.split()[0] for line in captured.out.splitlines() if line.rstrip().endswith(said)] == [exact]
+    assert f"wrote {options[-2]}: the {exact} way, {dtype}\n" in captured.out
     assert ("--base nf4" in captured.out) is not over_nf4  # an adapter that says nothing may be one of QLoRA
 
 
