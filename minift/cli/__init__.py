@@ -16,6 +16,7 @@ from minift.cli.info import Info
 from minift.cli.memory import Memory
 from minift.cli.merge import Merge
 from minift.cli.pretrain import Pretrain
+from minift.cli.quantize import Quantize
 from minift.data.example import DataError
 from minift.data.templates import TemplateError
 from minift.io import FormatError
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "chat": Chat,
     "merge": Merge,
+    "quantize": Quantize,
     "info": Info,
     "memory": Memory,
 }

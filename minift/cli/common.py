@@ -110,17 +110,21 @@ def batches_of(
 Base = Literal["auto", "nf4", "original"]
 
 
-def load_with_adapter(model: str, folder: Path | None, base: Base = "auto") -> tuple[llama.Config, dict[str, Any]]:
-    """A model, with an adapter on it if one is named, over the weights that the adapter was trained on.
-
-    QLoRA trains over NF4 weights, and its adapter also mends what quantization did to them; on the original weights it
-    would be another model. minift's own adapters say which they are (`auto`); of others the caller must know it."""
+def load_with_adapter(model: str, folder: Path | None) -> tuple[llama.Config, dict[str, Any]]:
+    """A model, with an adapter on it if one is named, over the weights that the adapter was trained on."""
     config, params = load_model(model)
     if folder is None:
         return config, params
-    adapter = load_adapter(folder, params)
+    return config, put_on(params, load_adapter(folder, params))
+
+
+def put_on(params: Params, adapter: lora.Adapter, base: Base = "auto") -> dict[str, Any]:
+    """An adapter over the weights that it was trained on.
+
+    QLoRA trains over NF4 weights, and its adapter also mends what quantization did to them; on the original weights it
+    would be another model. minift's own adapters say which they are (`auto`); of others the caller must know it."""
     over_nf4 = adapter.over_nf4 if base == "auto" else base == "nf4"
-    return config, lora.insert(qlora.quantize(params) if over_nf4 else params, adapter)
+    return lora.insert(qlora.quantize(params) if over_nf4 else params, adapter)
 
 
 def for_inference(params: Params) -> dict[str, Any]:

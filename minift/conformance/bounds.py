@@ -10,6 +10,9 @@ import math
 
 import numpy as np
 
+from minift.quant.double_quant import DoubleQuantizedScales
+from minift.quant.nf4 import CODE
+
 
 def unit_roundoff(dtype: np.dtype | type) -> float:
     """u = ε / 2: 2⁻⁵³, 2⁻²⁴ or 2⁻¹¹."""
@@ -59,6 +62,27 @@ def lora_merge(W, A, B, scaling: float, dtype: np.dtype | type) -> np.ndarray:
     return (
         unit_roundoff(dtype) * (np.abs(W) + abs(scaling) * product) + abs(scaling) * gamma(len(A) + 2, dtype) * product
     )
+
+
+def nf4(absmax: np.ndarray, nested: DoubleQuantizedScales | None = None) -> np.ndarray:
+    """|ŵ − w| for every number w of a block whose largest magnitude is a ≥ 1e-38, one bound a block:
+
+        a (h + 4u)        h = 0.1519, half the widest gap of the table, between −1 and its neighbor
+
+    One u each for 1/a, its product with w, the midpoint, and c a, relative to numbers ≤ 1. Scales that are stored in
+    8 bits, with nested scales a₂ and the offset ā, add
+
+        |â − a| ≤ h₂ a₂ + 4u (a₂ + ā + a)        h₂ = 0.00703, half the widest gap of the dynamic map
+
+    and h₂ a₂ once more where the nearest entry would have been negative, which needs a ≤ h₂ a₂."""
+    u, a = unit_roundoff(np.float32), np.asarray(absmax, np.float64)
+    bound = a * (np.diff(CODE.astype(np.float64)).max() / 2 + 4 * u)
+    if nested is None:
+        return bound
+    h = max(np.diff(nested.code.astype(np.float64)).max() / 2, 1 + float(nested.code[0]))
+    a2 = np.repeat(nested.absmax.astype(np.float64), nested.block_size)[: a.size]
+    share = h * a2 * np.where(a <= 1.001 * h * a2, 2, 1)
+    return bound + (1 + u) * (share + 4 * u * (a2 + abs(float(nested.offset)) + a))
 
 
 def rope_angle(position: int, dtype: np.dtype | type) -> float:

@@ -9,6 +9,9 @@ One quantized matrix `….weight` is several tensors in the file:
     ….weight.nested_quant_map                   double-quantized only: the 256 values of the bytes
     ….weight.quant_state.bitsandbytes__nf4      JSON as bytes: block sizes, the shape, the dtype before quantization,
                                                 and nested_offset, the mean that the scales were centered on
+
+bitsandbytes has two tables of sixteen values. NF4 is read and written. FP4, which is what its `bnb_4bit_quant_type`
+means when nobody sets it, is read only: its codes are decoded, by `codebooks.FP4_BY_CODE`, and not kept.
 """
 
 from __future__ import annotations
@@ -23,11 +26,16 @@ import numpy as np
 from minift.io.errors import FormatError
 from minift.io.json_file import Fields, parse_json
 from minift.io.safetensors_file import from_bfloat16, require_finite, to_bfloat16
+from minift.quant import blockwise, nf4
+from minift.quant.blockwise import BlockwiseTensor
+from minift.quant.codebooks import FP4, FP4_BY_CODE
 from minift.quant.double_quant import DoubleQuantizedScales
 from minift.quant.nf4 import CODE, NF4Tensor
 
 STATE = "quant_state.bitsandbytes__nf4"
 FP4_STATE = "quant_state.bitsandbytes__fp4"
+TABLES = {"nf4": CODE, "fp4": FP4_BY_CODE}
+FP4_RANKS = np.searchsorted(FP4, FP4_BY_CODE).astype(np.uint8)  # where each code's value stands in the sorted table
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE, FP4_STATE)
 SETTINGS = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -52,15 +60,20 @@ def pack_tensor(name: str, q: NF4Tensor, dtype: str = "float32") -> dict[str, np
     return tensors
 
 
-def unpack_tensor(name: str, tensors: Mapping[str, np.ndarray], path: Path | str = "state dict") -> NF4Tensor:
-    """The NF4Tensor called `name` ("….weight") in these tensors; `path` is for error messages.
+def unpack_tensor(
+    name: str, tensors: Mapping[str, np.ndarray], path: Path | str = "state dict"
+) -> NF4Tensor | BlockwiseTensor:
+    """The tensor called `name` ("….weight") among these: an NF4Tensor, or FP4 as a BlockwiseTensor, a byte a code.
 
-    Its codes are uint8 of any shape. Raises FormatError for FP4, another table, or parts that do not fit."""
+    Its codes are uint8 of any shape. `path` is for error messages. Raises FormatError for another table, or for parts
+    that are missing or do not fit."""
     settings = read_settings(name, tensors, path)
+    quant_type, shape = settings.values["quant_type"], tuple(settings.values["shape"])
     codes = _part(tensors, path, name, np.uint8).reshape(-1)
     table = _part(tensors, path, f"{name}.quant_map", np.float32)
-    if not np.array_equal(table, CODE):
-        raise FormatError(path, f"{name}.quant_map", f"another table, {table}", "the sixteen NF4 values")
+    if not np.array_equal(table, TABLES[quant_type]):
+        found, needed = f"another table, {table[:16].tolist()}", f"the sixteen {quant_type.upper()} values"
+        raise FormatError(path, f"{name}.quant_map", found, needed)
     if "nested_blocksize" in settings.values:
         offset = settings.values.get("nested_offset")
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) <= FLOAT32_MAX:
@@ -70,21 +83,25 @@ def unpack_tensor(name: str, tensors: Mapping[str, np.ndarray], path: Path | str
         absmax = _part(tensors, path, f"{name}.absmax", np.float32)
         if not (np.isfinite(absmax).all() and (absmax >= 0).all()):
             raise FormatError(path, f"{name}.absmax", "a negative or infinite scale, or NaN", "scales >= 0")
+    block_size = settings.whole("blocksize")
     try:
-        return NF4Tensor(codes, absmax, tuple(settings.values["shape"]), settings.whole("blocksize"))
+        if quant_type == "nf4":
+            return NF4Tensor(codes, absmax, shape, block_size)
+        return _fp4_tensor(codes, absmax, shape, block_size)
     except ValueError as error:
         raise FormatError(path, name, error, "parts that fit each other") from error
 
 
 def read_settings(name: str, tensors: Mapping[str, np.ndarray], path: Path | str) -> Fields:
     """The JSON beside a 4-bit tensor, checked."""
-    if f"{name}.{FP4_STATE}" in tensors:
-        raise FormatError(path, name, "bitsandbytes' FP4", "NF4: FP4 is not supported yet")
-    key = f"{name}.{STATE}"
+    quant_type, key = ("fp4", FP4_STATE) if f"{name}.{FP4_STATE}" in tensors else ("nf4", STATE)
+    key = f"{name}.{key}"
+    if quant_type == "fp4" and f"{name}.{STATE}" in tensors:
+        raise FormatError(path, key, f"FP4 beside {STATE}", "one of the two")
     settings = Fields(f"{path}: {key}", parse_json(_part(tensors, path, key, np.uint8).tobytes(), path, key))
     settings.values.setdefault("quant_type", None)
-    if settings.values["quant_type"] != "nf4":
-        raise settings.error("quant_type", "'nf4'")
+    if settings.values["quant_type"] != quant_type:
+        raise settings.error("quant_type", repr(quant_type))
     if unknown := set(settings.values) - SETTINGS:
         raise settings.error(min(unknown), "no such setting")
     shape = settings.values.get("shape")
@@ -95,13 +112,17 @@ def read_settings(name: str, tensors: Mapping[str, np.ndarray], path: Path | str
     return settings
 
 
-def dequantize(q: NF4Tensor, dtype: str) -> np.ndarray:
+def dequantize(q: NF4Tensor | BlockwiseTensor, dtype: str) -> np.ndarray:
     """What bitsandbytes' `dequantize_4bit` gives, as float32: rounded to the dtype that the quantized matrix had."""
-    w = q.dense(np.float32)
+    return rounded(nf4.dequantize(q) if isinstance(q, NF4Tensor) else blockwise.dequantize(q), dtype)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers as a file of this dtype has them, as float32 again. What is too large becomes infinity."""
     if dtype == "float16":
-        with np.errstate(over="ignore"):  # infinity, for the caller to find
-            return w.astype(np.float16).astype(np.float32)
-    return from_bfloat16(to_bfloat16(w)) if dtype == "bfloat16" else w
+        with np.errstate(over="ignore"):  # for the caller to find
+            return x.astype(np.float16).astype(np.float32)
+    return from_bfloat16(to_bfloat16(x)) if dtype == "bfloat16" else x
 
 
 def base_name(key: str) -> str | None:
@@ -110,6 +131,15 @@ def base_name(key: str) -> str | None:
         if key.endswith(f".weight.{part}"):
             return key.removesuffix(f".{part}")
     return None
+
+
+def _fp4_tensor(codes, absmax, shape, block_size) -> BlockwiseTensor:
+    """FP4's sixteen codes do not ascend, and zero has two: 0 and 8. The sorted table has fifteen values."""
+    n = blockwise.element_count(shape)
+    nf4.check_block_size(block_size)
+    blockwise.check_vector("codes", codes, np.uint8, (n + 1) // 2, f"two of the {n} elements of shape {shape} a byte")
+    scales = absmax if isinstance(absmax, np.ndarray) else absmax.decode()
+    return BlockwiseTensor(FP4_RANKS[nf4.unpack(codes, n)], scales, FP4, shape, block_size)
 
 
 def _nested(name, tensors, path, settings: Fields, offset: np.float32) -> DoubleQuantizedScales:

@@ -6,6 +6,7 @@ is missing with random numbers and a warning; a model that is half random looks 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from minift.io.safetensors_file import SafetensorsFile, require_finite, to_bfloa
 from minift.io.tokenizer import Tokenizer
 from minift.models import llama
 from minift.models.llama import Config
-from minift.nn.weight import Frozen, Params
+from minift.nn.weight import Frozen, Params, dense
 from minift.quant.nf4 import NF4Tensor
 
 FLOATS = ("F32", "F16", "BF16")
@@ -33,8 +34,9 @@ Places = dict[str, tuple[SafetensorsFile, str]]  # our name → the file, and th
 def load_model(folder: Path | str, keep_quantized: bool = False) -> tuple[Config, dict[str, Any]]:
     """The configuration and the parameters, float32 arrays under Hugging Face's names, of a Llama checkpoint.
 
-    bfloat16, float16 and bitsandbytes' NF4 are decoded, one tensor at a time; with `keep_quantized` a 4-bit weight
-    stays an NF4Tensor, which does not learn. Raises FormatError for whatever is missing, surplus, misshapen or NaN.
+    bfloat16, float16 and bitsandbytes' NF4 and FP4 are decoded, one tensor at a time; with `keep_quantized` an NF4
+    weight stays an NF4Tensor, which does not learn, and an FP4 weight is refused. Raises FormatError for whatever is
+    missing, surplus, misshapen or NaN.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -70,9 +72,10 @@ def save_model(
 ) -> None:
     """Write a folder that `load_model` and transformers read: config, weights, generation settings, tokenizer.
 
-    `dtype` is "float32", "bfloat16" (rounded to nearest, ties to even) or "float16"; NF4 weights are written as
-    bitsandbytes does. The folder appears whole or not at all. Raises FormatError for parameters that are not those of
-    `config`, or carry an adapter, and for a folder that is not empty, unless `overwrite`.
+    `dtype` is "float32", "bfloat16" (rounded to nearest, ties to even) or "float16". NF4 weights are written as
+    bitsandbytes does, with their codes and scales as they are; to them, `dtype` is what they are dequantized to. The
+    folder appears whole or not at all. Raises FormatError for parameters that are not those of `config`, carry an
+    adapter, or are not finite in `dtype`, and for a folder that is not empty, unless `overwrite`.
     """
     folder = Path(folder)
     if dtype not in bitsandbytes4.DTYPES:
@@ -82,7 +85,8 @@ def save_model(
     rounded = set()
     for name, weight in params.items():
         if isinstance(weight, NF4Tensor):
-            tensors |= bitsandbytes4.pack_tensor(name, weight)
+            require_finite(f"{folder} as {dtype}", name, bitsandbytes4.rounded(weight.scales(), dtype))  # |codes| <= 1
+            tensors |= bitsandbytes4.pack_tensor(name, weight, dtype)
             continue
         array = _thawed(weight)
         require_finite(folder, name, array)
@@ -95,13 +99,35 @@ def save_model(
             require_finite(f"{folder} as {dtype}", name, tensors[name])
 
     ids = _token_ids(tokenizer)
-    values = format_config(config, dtype, ids) | _quantization_config(params)
+    values = format_config(config, dtype, ids) | _quantization_config(params, dtype)
     with atomic_folder(folder, overwrite) as new:
         atomic_write(new / "config.json", json_bytes(values))
         atomic_write(new / "generation_config.json", json_bytes({"_from_model_config": True, **ids}))
         write_safetensors(new / SINGLE, tensors, bfloat16=rounded)
         if tokenizer is not None:
             tokenizer.save(new)
+
+
+def as_stored(params: Params, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """What `load_model` will read from the folder that `save_model` writes: float32 numbers, rounded to `dtype`.
+
+    Raises FormatError for what is not finite in `dtype`."""
+    stored = {}
+    for name, weight in params.items():
+        stored[name] = bitsandbytes4.rounded(dense(weight), dtype)
+        require_finite(f"the weights as {dtype}", name, stored[name])
+    return stored
+
+
+def stored_bytes(params: Params, dtype: str = "float32") -> int:
+    """Bytes of the tensors that `save_model` writes: what the weights take on the disk, up to a header."""
+    width = 4 if dtype == "float32" else 2
+    return sum(
+        sum(part.nbytes for part in bitsandbytes4.pack_tensor(name, weight, dtype).values())
+        if isinstance(weight, NF4Tensor)
+        else width * math.prod(weight.shape)
+        for name, weight in params.items()
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -169,7 +195,9 @@ def _read_quantized(places: Places, name: str, shape: tuple[int, ...], keep: boo
         raise FormatError(file.path, name, f"shape {shown(tuple(settings['shape']))}", f"shape {shape}")
     q = bitsandbytes4.unpack_tensor(name, tensors, file.path)
     if keep:
-        return q
+        if isinstance(q, NF4Tensor):
+            return q
+        raise FormatError(file.path, raw, "bitsandbytes' FP4, which is only decoded", "NF4, to keep its 4 bits")
     array = bitsandbytes4.dequantize(q, settings["dtype"])
     require_finite(file.path, raw, array)
     return array
@@ -229,7 +257,7 @@ def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
 
 
-def _quantization_config(params: Mapping[str, Any]) -> dict[str, Any]:
+def _quantization_config(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     quantized = {name: w for name, w in params.items() if isinstance(w, NF4Tensor)}
     if not quantized:
         return {}
@@ -239,7 +267,7 @@ def _quantization_config(params: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": any(not isinstance(q.absmax, np.ndarray) for q in quantized.values()),

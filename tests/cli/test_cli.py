@@ -18,18 +18,6 @@ QUICK = ["--steps", "3", "--eval-examples", "12", "--batch-size", "4", "--json"]
 
 
 @pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        lines = captured.out.splitlines()
-        result = json.loads(lines[-1]) if "--json" in arguments and status == 0 else None
-        return status, result, captured
-
-    return call
-
-
-@pytest.fixture
 def finetuned(call, tmp_path):
     """A LoRA of three steps."""
     assert call("finetune", *QUICK, "--learning-rate", "0.01", "--out", tmp_path / "run")[0] == 0

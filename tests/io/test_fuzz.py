@@ -31,12 +31,13 @@ from minift.io import (
     save_adapter,
     save_model,
 )
-from minift.io.bitsandbytes4 import STATE
+from minift.io.bitsandbytes4 import FP4_STATE, STATE
 from minift.io.safetensors_file import SafetensorsFile, to_bfloat16, write_safetensors
 from minift.models import llama
 from minift.models.llama import Config
 from minift.peft import lora
 from minift.quant import double_quant, nf4
+from minift.quant.codebooks import FP4_BY_CODE
 from minift.train import checkpoint
 from minift.train.checkpoint import Checkpoint
 
@@ -233,7 +234,17 @@ def rebuilt(files, change):
 
 
 SPECIAL = [np.nan, np.inf, -np.inf, -1.0, -0.0, 1e-45, 3e38, 65520.0]
-FOUR_BIT = {"NF4": NF4, "DOUBLE": DOUBLE}
+
+
+def as_fp4(parts):
+    for name in [name for name in parts if STATE in name]:
+        dtype, _, raw = parts.pop(name)
+        raw = raw.replace(b'"nf4"', b'"fp4"')
+        parts[name.replace(STATE, FP4_STATE)] = [dtype, [len(raw)], raw]
+        parts[name.replace(STATE, "quant_map")][2] = FP4_BY_CODE.tobytes()
+
+
+FOUR_BIT = {"NF4": NF4, "DOUBLE": DOUBLE, "FP4": rebuilt(DOUBLE, as_fp4)}
 
 
 @st.composite
@@ -242,13 +253,13 @@ def damaged_four_bits(draw):
 
     def change(parts):
         names = sorted(name for name in parts if name.startswith((Q, UP)))
-        states = {name: json.loads(parts[name][2]) for name in names if STATE in name}
+        states = {name: json.loads(parts[name][2]) for name in names if "quant_state" in name}
         for _ in range(draw(st.integers(1, 2))):
             name = draw(st.sampled_from(names))
             if name not in parts:
                 continue
             dtype, shape, raw = parts[name]
-            kinds = ["state"] * 3 if STATE in name else ["special"] * 3 if dtype == "F32" else ["bytes"]
+            kinds = ["state"] * 3 if name in states else ["special"] * 3 if dtype == "F32" else ["bytes"]
             match draw(st.sampled_from([*kinds, "cut", "extend", "remove", "shape", "dtype"])):
                 case "state":
                     raw = draw(damaged_json(states[name]))

@@ -309,6 +309,15 @@ def _poison(tensors):
     tensors["model.norm.weight"][5] = float("nan")
 
 
+def _infinite(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.float16)
+    tensors["model.layers.1.mlp.up_proj.weight"][1, 2] = float("-inf")
+
+
+def _huge_in_bfloat16(tensors):
+    tensors["model.embed_tokens.weight"] = torch.full((300, 32), 3.4e38).to(torch.bfloat16)  # rounds to infinity
+
+
 def _int8(tensors):
     tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
 
@@ -327,6 +336,11 @@ def _double(tensors):
             r"model.safetensors: model.layers.0.mlp.up_proj.weight: found shape \(32, 48\), needed .*\(48, 32\)",
         ),
         (_poison, r"model.safetensors: model.norm.weight: found nan at flat index 5 \(1 not finite\)"),
+        (
+            _infinite,
+            r"model.safetensors: model.layers.1.mlp.up_proj.weight: found -inf at flat index 34 \(1 not",
+        ),
+        (_huge_in_bfloat16, r"model.safetensors: model.embed_tokens.weight: found inf at flat index 0 \(9,600 not fin"),
         (_int8, r"model.safetensors: model.norm.weight: found dtype I8"),
         (_double, r"norm.weight: found the same parameter"),
     ],

@@ -1,9 +1,6 @@
 """SmolLM2-135M-Instruct, the real model: the same logits and the same text as transformers, from the same file.
 
-How close must two float32 computations of a deep network be? A product of K terms that is computed in any order is the
-exact product with weights changed by at most γ_K, in all likelihood by √K u (Higham & Mary 2019). So the error of the
-whole computation is what a change of the weights by √K u does to the exact result, which is measured in float64: a
-bound from the model's conditioning and its widths alone, before any two results are compared.
+How close two float32 computations of a deep network must be: `rounding.rounding_bound`.
 """
 
 import numpy as np
@@ -12,7 +9,6 @@ import torch
 import transformers
 
 from minift.cli.common import answer
-from minift.conformance.bounds import unit_roundoff
 from minift.data.batches import pad
 from minift.data.example import Message
 from minift.data.templates import encode_prompt
@@ -21,6 +17,7 @@ from minift.models import llama
 from minift.nn.weight import dense, replace, trainable
 from minift.peft import lora, qlora
 from minift.train import sft
+from rounding import rounding_bound
 from smollm2 import smollm2_gguf, why_not
 
 PATH = smollm2_gguf()
@@ -48,18 +45,6 @@ def peer():
         PATH.parent, gguf_file=PATH.name, dtype=torch.float32, attn_implementation="eager"
     )
     return loaded.eval()
-
-
-def rounding_bound(params, config, tokens, seed=0):
-    """What weights changed by √K u, K the longest sum of the model, do to the logits, in float64."""
-    rng = np.random.default_rng(seed)
-    exact_params = {name: w.astype(np.float64) for name, w in params.items()}
-    exact, _ = llama.forward(exact_params, tokens, config, recompute=True)
-    u = unit_roundoff(np.float32)
-    longest = max(config.intermediate_size, config.hidden_size)
-    size = np.sqrt(longest) * u
-    moved = {n: w * (1 + size * rng.choice([-1.0, 1.0], w.shape)) for n, w in exact_params.items()}
-    return np.abs(llama.forward(moved, tokens, config, recompute=True)[0] - exact).max(), exact
 
 
 def test_logits_equal_those_of_transformers(model, tokenizer, peer):

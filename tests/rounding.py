@@ -1,0 +1,28 @@
+"""How close two computations of a deep network must be.
+
+A product of K terms that is computed in any order is the exact product with weights changed by at most γ_K, in all
+likelihood by √K u (Higham & Mary 2019). So the error of the whole computation is what a change of the weights by √K u
+does to the exact result, which is measured in float64: a bound from the model's conditioning and its widths alone,
+before any two results are compared.
+"""
+
+import numpy as np
+
+from minift.conformance.bounds import unit_roundoff
+from minift.models import llama
+from minift.nn.weight import dense
+
+BFLOAT16 = 2.0**-8  # u of a format with 8 bits
+
+
+def rounding_bound(params, config, tokens, seed=0, u=None):
+    """What weights changed by √K u, K the longest sum of the model, do to the logits; and the exact logits.
+
+    u is float32's unless it is given."""
+    rng = np.random.default_rng(seed)
+    exact_params = {name: dense(w).astype(np.float64) for name, w in params.items()}
+    exact, _ = llama.forward(exact_params, tokens, config, recompute=True)
+    longest = max(config.intermediate_size, config.hidden_size)
+    size = np.sqrt(longest) * (unit_roundoff(np.float32) if u is None else u)
+    moved = {n: w * (1 + size * rng.choice([-1.0, 1.0], w.shape)) for n, w in exact_params.items()}
+    return np.abs(llama.forward(moved, tokens, config, recompute=True)[0] - exact).max(), exact
