@@ -43,7 +43,7 @@ NO_MATTER = {  # for what the tensors mean
     "task_type",
 }
 UNUSED: tuple[object, ...] = (None, False, "none", {}, [])  # any other key must have one of these values
-SUPPORTED_INSTEAD = "it unset: this variant of LoRA is not supported; merge it with PEFT and load the merged model"
+NOT_SUPPORTED = "it unset: this variant of LoRA is not supported; merge it with PEFT and load the merged model"
 INSTEAD = {
     "ensure_weight_tying": "false: untie the model's embeddings, and train one of the two",
     "fan_in_fan_out": "false: weights of linear layers are (out, in) here, as in PyTorch, where PEFT itself unsets it",
@@ -126,7 +126,7 @@ def _refuse_variants(fields: Fields) -> None:
         raise fields.error("peft_type", "'LORA'")
     for key in sorted(values.keys() - READ - NO_MATTER):
         if not any(type(values[key]) is type(unused) and values[key] == unused for unused in UNUSED):
-            raise fields.error(key, INSTEAD.get(key, SUPPORTED_INSTEAD))
+            raise fields.error(key, INSTEAD.get(key, NOT_SUPPORTED))
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(CHANGE_THE_BASE):
         raise fields.error("init_lora_weights", CONVERTED)

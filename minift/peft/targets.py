@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from minift.nn.weight import Params
 
@@ -31,21 +32,20 @@ class Selection:
     modules_to_save: tuple[str, ...] = ()
 
     def adapts(self, path: str) -> bool:
-        """Whether the linear layer of this path gets A and B. ValueError for what is no regular expression."""
+        """Whether the linear layer of this path gets A and B; one that is trained in full does not (or, where PEFT sees
+        that too late, fails there). ValueError for what is no regular expression."""
         if (self.exclude_modules and _matches(path, self.exclude_modules)) or self.saves(path):
             return False
         if not _matches(path, self.target_modules):
             return False
-        whole_path = not isinstance(self.target_modules, str) and path in self.target_modules
-        return (
-            whole_path or not self.layers_to_transform or _index(path, self.layers_pattern) in self.layers_to_transform
-        )
+        if not self.layers_to_transform or path in self.target_modules:  # a whole path is meant whatever its block
+            return True
+        return _index(path, self.layers_pattern) in self.layers_to_transform
 
     def saves(self, path: str) -> bool:
         """Whether the module of this path, or one around it, is trained in full: its path ends in one of the names."""
-        modules = path.split(".")
-        around = (".".join(modules[:n]) for n in range(1, len(modules) + 1))
-        return any(module.endswith(name) for module in around for name in self.modules_to_save)
+        around = accumulate(path.split("."), "{}.{}".format)  # model, model.layers, model.layers.0, …
+        return any(module.endswith(self.modules_to_save) for module in around)
 
 
 def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
@@ -142,12 +142,10 @@ def _matches(path: str, names: str | tuple[str, ...]) -> bool:
 
 def _index(path: str, layers_pattern: tuple[str, ...]) -> int | None:
     """The number of the block that a layer is in: the first one in its path, or the first behind one of the names."""
-    for before in layers_pattern or (r"[^.]*",):
-        start = r"(?:^|.*?\.)" if layers_pattern else r".*?\."
-        numbered = expression(rf"{start}{before}\.(\d+)\.")
-        if found := numbered.match(path):
-            return int(found[numbered.groups])
-    return None
+    before = [rf"(?:^|.*?\.){name}" for name in layers_pattern] or [r".*?\.[^.]*"]
+    numbered = (expression(rf"{start}\.(\d+)\.") for start in before)
+    found = next((match for one in numbered if (match := one.match(path))), None)
+    return found and int(found[found.re.groups])
 
 
 def _leaf(path: str) -> str:

@@ -18,7 +18,7 @@ from minift.nn.weight import Arrays, Params, Weight, learns
 UNTIE = "give params['lm_head.weight'] a copy of it, and the config tie_word_embeddings=False"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Tuned:
     """An array that learns, in place of a frozen `base` of the same shape. ValueError for another shape."""
 

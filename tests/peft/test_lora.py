@@ -545,6 +545,18 @@ def test_a_module_to_save_that_is_not_there_is_refused(params, rng, modules, mes
         lora.attach(params, ["q_proj"], rng=rng, modules_to_save=modules)
 
 
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused_with_what_to_do(params, rng, module):
+    """(That doing it gives what PEFT computes is tested in tests/io/test_peft_variants.py.)"""
+    alone = {n: w for n, w in params.items() if n != "lm_head.weight"}
+    with pytest.raises(ValueError) as error:
+        lora.attach(alone, rng=rng, modules_to_save=[module])
+    assert str(error.value) == (
+        f"{module}: the model's output matrix is its table of embeddings, needed two; "
+        "give params['lm_head.weight'] a copy of it, and the config tie_word_embeddings=False"
+    )
+
+
 def test_insert_refuses_whole_weights_that_do_not_belong(params, rng):
     adapter = lora.detach(lora.attach(params, ["q_proj"], rng=rng, modules_to_save=["lm_head"]))[1]
 

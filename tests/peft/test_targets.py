@@ -1,6 +1,8 @@
 """Which layers are meant: PEFT's own matching is the oracle, on names chosen to trap."""
 
+import dataclasses
 import re
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -29,36 +31,29 @@ NAMES = [
 ]
 EXPRESSIONS = [r".*layers\.1\..*", r".*q_proj", "q_proj", r".*\.(0|11)\..*proj", "all-linear", r"model.layers.1.mlp.*"]
 KEYS = [*NAMES, *EXPRESSIONS[:-2], "^model.layers.1.self_attn.q_proj", "layers.1..*", r"1\.mlp\.down_proj|q_proj", ".*"]
-some = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3)
 
 
-@given(
-    target_modules=some | st.sampled_from(EXPRESSIONS[:-2]),
-    exclude_modules=st.none() | some | st.sampled_from(EXPRESSIONS[:4]),
-    layers=st.none() | st.lists(st.sampled_from([0, 1, 11]), max_size=2),
-    layers_pattern=st.none() | st.lists(st.sampled_from(["layers", "x?layers", "mlp.layers"]), max_size=2),
-    modules_to_save=st.lists(st.sampled_from(["lm_head", "mlp", "down_proj", "layers.1"]), max_size=2),
-)
-def test_peft_chooses_the_same_layers(target_modules, exclude_modules, layers, layers_pattern, modules_to_save):
-    if isinstance(target_modules, str) or not layers:
-        layers = layers_pattern = None  # PEFT refuses the combination, and so does our reader
-    theirs = LoraConfig(
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers,
-        layers_pattern=layers_pattern,
-        modules_to_save=modules_to_save,
-    )
-    ours = Selection(
-        target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
-        exclude_modules=exclude_modules if isinstance(exclude_modules, str) else tuple(exclude_modules or ()),
-        layers_to_transform=tuple(layers or ()),
-        layers_pattern=tuple(layers_pattern or ()),
-        modules_to_save=tuple(modules_to_save),
-    )
-    for path in LAYERS:
-        found = check_target_module_exists(theirs, path)
-        assert ours.adapts(path) == (bool(found) and not isinstance(found, _ExcludedModule)), path
+CHOICES = {
+    "target_modules": [[name] for name in NAMES] + [["down_proj", LAYERS[1]], *EXPRESSIONS[:-2]],
+    "exclude_modules": [None, ["self_attn.q_proj", "layers.1.mlp.down_proj"], r".*layers\.1\..*"],
+    "layers_to_transform": [None, [], [0], [1, 11]],
+    "layers_pattern": [None, [], ["layers"], ["x?layers", "mlp.layers"], ["(x)layers"]],
+    "modules_to_save": [[], ["lm_head"], ["down_proj"], ["mlp", "self_attn"]],
+}
+
+
+@pytest.mark.parametrize("target_modules", CHOICES["target_modules"], ids=str)
+def test_peft_chooses_the_same_layers(target_modules):
+    for settings in map(dict, product(*([(key, value) for value in values] for key, values in CHOICES.items()))):
+        if settings["target_modules"] != target_modules:
+            continue
+        if isinstance(target_modules, str) or not settings["layers_to_transform"]:
+            settings |= {"layers_to_transform": None, "layers_pattern": None}  # others PEFT refuses, as our reader does
+        theirs = LoraConfig(**settings)
+        ours = Selection(**{k: v if isinstance(v, str) else tuple(v or ()) for k, v in settings.items()})
+        for path in LAYERS:
+            found = check_target_module_exists(theirs, path)
+            assert ours.adapts(path) == (bool(found) and not isinstance(found, _ExcludedModule)), (path, settings)
 
 
 @given(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=4))
@@ -92,6 +87,8 @@ def test_a_module_to_save_matches_within_a_word():
     assert norm.saves("model.layers.0.norm.inner")  # the module around it
     assert not norm.saves("model.normal")
     assert not Selection().saves("model.norm")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        norm.modules_to_save = ()
 
 
 WRONG = {

@@ -1,5 +1,7 @@
 """A weight trained in full is an ndarray to everything that uses it, and to what comes off it is the base."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,9 @@ def test_its_size_and_type(rng):
     weight = tuned(rng, 5, 7)
     assert (weight.shape, weight.nbytes) == ((5, 7), 2 * 8 * 35)
     assert weight.dense(np.float32).dtype == np.float32
+    assert weight.dense() is weight.dense(np.float64) is weight.array
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight.array = weight.base
     with pytest.raises(ValueError, match=r"shape \(7,\) cannot replace a weight of shape \(5, 7\)"):
         Tuned(weight.base, np.ones(7))
     with pytest.raises(ValueError, match="learns itself"):
@@ -73,5 +78,6 @@ def test_tied():
     assert tied(both, ["model.norm", "model.embed_tokens"]) == "model.embed_tokens"
     assert tied(both, ["lm_head"]) == "lm_head"
     assert tied(both, ["model.norm"]) is None
+    assert tied({"wte.weight": np.ones((3, 2))}, ["wte"]) == "wte"
     for head in ("lm_head.weight", "score.weight"):
         assert tied(both | {head: np.ones((3, 2))}, ["model.embed_tokens"]) is None
