@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from minift.cli.chat import Chat
+from minift.cli.convert import Convert
 from minift.cli.finetune import Finetune
 from minift.cli.generate import Generate
 from minift.cli.info import Info
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": Chat,
     "merge": Merge,
     "quantize": Quantize,
+    "convert": Convert,
     "info": Info,
     "memory": Memory,
 }

@@ -10,20 +10,26 @@ from minift.io import huggingface as _huggingface
 from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy
 from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
-from minift.io.peft_adapter import load_adapter, save_adapter
+from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
+from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, load_adapters, save_adapter
 from minift.io.tokenizer import Tokenizer
 from minift.models.llama import Config
 
 __all__ = [
     "FormatError",
     "Tokenizer",
+    "adapter_kind",
+    "adapter_names",
     "atomic_folder",
     "atomic_write",
     "load_adapter",
+    "load_adapters",
+    "load_mlx_adapter",
     "load_model",
     "load_tokenizer",
     "refuse_to_destroy",
     "save_adapter",
+    "save_mlx_adapter",
     "save_model",
 ]
 

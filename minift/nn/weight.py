@@ -6,6 +6,7 @@ Parameters are a flat `dict[str, Weight]` under Hugging Face's state-dict names.
     Frozen(array)           it does not
     NF4Tensor               4 bits a number, does not learn                            (minift.quant.nf4)
     LoRA(base, A, B, ...)   the base does not learn, A and B do                        (minift.peft.lora)
+    Tuned(base, array)      the array learns, the base is kept to come back to         (minift.peft.tuned)
 
 An ndarray multiplies by itself; every other kind brings the members of `Weight`. So `linear` needs to know
 none of them, and QLoRA is nothing but a LoRA whose base is an NF4Tensor.
@@ -95,13 +96,13 @@ def dense(weight: np.ndarray | Weight) -> np.ndarray:
 
 
 def unwrap(weight: np.ndarray | Weight) -> tuple[np.ndarray, bool]:
-    """The array behind a table or a gain, and whether it learns. TypeError for one that carries an adapter: adapters
-    are for what multiplies."""
+    """The array behind a table or a gain, and whether it learns, then as a whole. TypeError for one that carries an
+    adapter: adapters are for what multiplies."""
     if isinstance(weight, np.ndarray):
         return weight, True
-    if weight.arrays():
+    if weight.arrays().keys() - {"weight"}:
         raise TypeError(f"{weight!r} is used as a table or gain, where an adapter has no meaning")
-    return weight.dense(), False
+    return weight.dense(), learns(weight)
 
 
 def freeze(params: Params) -> dict[str, Any]:

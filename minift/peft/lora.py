@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ from jaxtyping import Float
 
 from minift.nn.dropout import dropout
 from minift.nn.linear import rows
-from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze
+from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze, trainable
+from minift.peft.targets import pattern_values, saved, short_targets, targets
+from minift.peft.tuned import UNTIE, Tuned, tied
 from minift.quant.nf4 import NF4Tensor
 
 A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
-TABLES = ("embed_tokens", "wte", "wpe")  # rows are looked up, nothing is multiplied: no adapter fits
-NOT_LINEAR = (*TABLES, "lm_head", "score")  # tables and heads: not meant by "all-linear"
 
 
 def forward(
@@ -138,20 +138,40 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file holds: the learned arrays under PEFT's names, and how to apply them."""
+    """What an adapter file holds: the learned arrays under PEFT's names, and how to apply them.
 
-    arrays: Arrays  # "model.layers.0.self_attn.q_proj.lora_A.weight" and so on
-    r: int
+    Layers may differ in rank, which their matrices say themselves, and in alpha."""
+
+    arrays: Arrays  # "….q_proj.lora_A.weight" and so on; "lm_head.weight" for a weight that was trained in full
+    r: int  # of most layers
     lora_alpha: float
     target_modules: tuple[str, ...]
     use_rslora: bool = False
     lora_dropout: float = 0.0
     over_nf4: bool = False  # learned on top of 4-bit weights (QLoRA), so it belongs to those
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # path of a layer -> its alpha, if not lora_alpha
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The path of every adapted layer, and its rank."""
+        suffix = f".{A_NAME}"
+        return {full.removesuffix(suffix): len(A) for full, A in self.arrays.items() if full.endswith(suffix)}
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """The paths of the modules that were trained in full."""
+        whole = (full for full in self.arrays if not full.endswith((f".{A_NAME}", f".{B_NAME}")))
+        return tuple(full.removesuffix(".weight") for full in whole)
+
+    def scaling(self, path: str) -> float:
+        """s of the layer of this path."""
+        r = len(self.arrays[f"{path}.{A_NAME}"])
+        return scaling(self.alpha_pattern.get(path, self.lora_alpha), r, self.use_rslora)
 
     def __repr__(self) -> str:
         size = sum(a.size for a in self.arrays.values())
         nbytes = sum(a.nbytes for a in self.arrays.values())
-        where = ", ".join(self.target_modules)
+        where = ", ".join((*self.target_modules, *(f"all of {path}" for path in self.modules_to_save)))
         return f"Adapter(r={self.r}, lora_alpha={self.lora_alpha:g}, {where}: {size:,} numbers, {nbytes:,} bytes)"
 
 
@@ -169,86 +189,92 @@ def attach(
     rng: np.random.Generator,
     use_rslora: bool = False,
     lora_dropout: float = 0.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The same parameters with a fresh adapter on each target; everything else is frozen.
 
     `target_modules`: names such as "q_proj" or whole paths (both match from the end, at a dot), one regular expression
-    that must match the whole path, or "all-linear". ValueError for a name that matches nothing (a table of embeddings
-    is none: no adapter fits it), a rank below 1, an alpha that is not positive, a dropout outside [0, 1), or parameters
-    that carry an adapter already."""
-    if r < 1:
-        raise ValueError(f"r is {r}, needed a rank of at least 1")
-    if not 0 < lora_alpha < math.inf:
-        raise ValueError(f"lora_alpha is {lora_alpha}, needed a positive number")
+    that must match the whole path, or "all-linear". `rank_pattern` and `alpha_pattern` give layers an r or an alpha of
+    their own: the first key decides that matches the end of a layer's path, as a regular expression.
+    `modules_to_save` learn in full, as copies: all modules whose path ends in one of these, and no adapter on them.
+
+    ValueError for a name or key that matches nothing (a table of embeddings is no target: no adapter fits it), a rank
+    that is not a whole number from 1 on, an alpha that is not positive, a dropout outside [0, 1), a module to save that
+    is tied to another, or parameters that carry an adapter already."""
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout is {lora_dropout}, needed 0 <= lora_dropout < 1")
     frozen = freeze(params)
-    for name in targets(params, target_modules):
-        base = frozen[name]
+    _refuse_tied(params, modules_to_save := tuple(modules_to_save))
+    whole = saved(params, modules_to_save)
+    paths = {name: name.removesuffix(".weight") for name in targets(params, target_modules) if name not in whole}
+    ranks = dict.fromkeys(paths.values(), r) | _pattern("rank_pattern", rank_pattern, paths.values())
+    alphas = dict.fromkeys(paths.values(), lora_alpha) | _pattern("alpha_pattern", alpha_pattern, paths.values())
+    for rank in (r, *ranks.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
+            raise ValueError(f"r is {rank}, needed a rank of at least 1, a whole number")
+    for alpha in (lora_alpha, *alphas.values()):
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"lora_alpha is {alpha}, needed a positive number")
+    for name, path in paths.items():
+        base, rank = frozen[name], ranks[path]
         (d_out, d_in), dtype = base.shape, base.array.dtype if isinstance(base, Frozen) else np.float32
         bound = 1 / math.sqrt(d_in)
-        A = rng.uniform(-bound, bound, (r, d_in)).astype(dtype)
-        B = np.zeros((d_out, r), dtype)
-        frozen[name] = LoRA(base, A, B, lora_alpha, use_rslora, lora_dropout)
-    return frozen
-
-
-def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
-    """The names of the weights that `target_modules` means; see `attach`."""
-    paths = {name: name.removesuffix(".weight") for name, w in params.items() if len(w.shape) == 2}
-    linear = {name: path for name, path in paths.items() if path.split(".")[-1] not in TABLES}
-    if target_modules == "all-linear":
-        return [name for name, path in linear.items() if path.split(".")[-1] not in NOT_LINEAR]
-    if isinstance(target_modules, str):
-        chosen = {name for name, path in linear.items() if re.fullmatch(target_modules, path)}
-        if not chosen:
-            raise ValueError(
-                f"target_modules={target_modules!r}, a regular expression, matches none of {_leaves(linear)}"
-            )
-    else:
-        chosen = set()
-        for target in target_modules:
-            matched = {name for name, path in linear.items() if f".{path}".endswith(f".{target}")}
-            if not matched:
-                raise ValueError(f"target_modules: {target!r} matches no linear layer; there are {_leaves(linear)}")
-            chosen |= matched
-    return [name for name in params if name in chosen]
+        A = rng.uniform(-bound, bound, (rank, d_in)).astype(dtype)
+        B = np.zeros((d_out, rank), dtype)
+        frozen[name] = LoRA(base, A, B, alphas[path], use_rslora, lora_dropout)
+    return frozen | {name: Tuned(frozen[name], frozen[name].dense().copy()) for name in whole}
 
 
 def detach(params: Params) -> tuple[dict[str, Any], Adapter]:
-    """Take the adapter off: the frozen base and the adapter. ValueError where there is none, or a mixed one."""
-    loras = _loras(params)
-    settings = {(len(w.A), w.lora_alpha, w.use_rslora, w.lora_dropout) for w in loras.values()}
+    """Take the adapter off: the frozen base and the adapter. ValueError where there is none, or where layers differ in
+    what PEFT has one setting for: use_rslora, lora_dropout."""
+    loras = {name.removesuffix(".weight"): w for name, w in _loras(params).items()}
+    settings = {(w.use_rslora, w.lora_dropout) for w in loras.values()}
     if len(settings) > 1:
-        raise ValueError(f"layers differ in (r, lora_alpha, use_rslora, lora_dropout): {sorted(settings)}")
-    ((r, lora_alpha, use_rslora, lora_dropout),) = settings
-    arrays = {
-        name.removesuffix("weight") + part: array for name, w in loras.items() for part, array in w.arrays().items()
-    }
-    base = {name: w.base if isinstance(w, LoRA) else w for name, w in params.items()}
-    over_nf4 = any(isinstance(w.base, NF4Tensor) for w in loras.values())
-    target_modules = _short_targets(base, list(loras))
-    return base, Adapter(arrays, r, lora_alpha, target_modules, use_rslora, lora_dropout, over_nf4)
+        raise ValueError(f"layers differ in (use_rslora, lora_dropout): {sorted(settings)}")
+    ((use_rslora, lora_dropout),) = settings
+    learned = {name: w for name, w in params.items() if isinstance(w, LoRA | Tuned)}
+    base = bare(params)
+    lora_alpha = mode(w.lora_alpha for w in loras.values())
+    return base, Adapter(
+        arrays=trainable(learned),
+        r=mode(len(w.A) for w in loras.values()),
+        lora_alpha=lora_alpha,
+        target_modules=short_targets(base, loras),
+        use_rslora=use_rslora,
+        lora_dropout=lora_dropout,
+        over_nf4=any(isinstance(w.base, NF4Tensor) for w in loras.values()),
+        alpha_pattern={path: w.lora_alpha for path, w in loras.items() if w.lora_alpha != lora_alpha},
+    )
+
+
+def bare(params: Params) -> dict[str, Any]:
+    """The parameters without an adapter, if they carry one: the base's own arrays."""
+    return {name: w.base if isinstance(w, LoRA | Tuned) else w for name, w in params.items()}
 
 
 def insert(params: Params, adapter: Adapter) -> dict[str, Any]:
     """Put an adapter on a model, in place of one that it may carry. Copies no weights.
 
     KeyError for a layer that the model does not have or of which only one matrix is there, ValueError for one of
-    another shape."""
-    base = freeze({name: w.base if isinstance(w, LoRA) else w for name, w in params.items()})
+    another shape, or for a weight to be trained in full that is tied to another."""
+    carried = freeze(bare(params))
     left = dict(adapter.arrays)
-    for full in adapter.arrays:
-        if full.endswith(A_NAME):
-            name = full.removesuffix(A_NAME) + "weight"
-            partner = full.removesuffix(A_NAME) + B_NAME
-            if name not in base or partner not in left:
-                raise KeyError(f"{full}: the model has no {name}" if name not in base else f"{partner} is missing")
-            A, B = left.pop(full), left.pop(partner)
-            base[name] = LoRA(base[name], A, B, adapter.lora_alpha, adapter.use_rslora, adapter.lora_dropout)
-    if left:
-        raise KeyError(f"{sorted(left)[0]} is not the A or B of a layer")
-    return base
+    for path in adapter.ranks:
+        name, full, partner = f"{path}.weight", f"{path}.{A_NAME}", f"{path}.{B_NAME}"
+        if name not in carried or partner not in left:
+            raise KeyError(f"{full}: the model has no {name}" if name not in carried else f"{partner} is missing")
+        alpha = adapter.alpha_pattern.get(path, adapter.lora_alpha)
+        A, B = left.pop(full), left.pop(partner)
+        carried[name] = LoRA(carried[name], A, B, alpha, adapter.use_rslora, adapter.lora_dropout)
+    _refuse_tied(params, [name.removesuffix(".weight") for name in left])
+    for name, array in left.items():
+        if name not in carried:
+            raise KeyError(f"{name} is not the A or B of a layer, and the model has no weight of that name")
+        carried[name] = Tuned(carried[name], array)
+    return carried
 
 
 def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
@@ -256,24 +282,44 @@ def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
 
         [c₁s₁B₁ … cₙsₙBₙ] [A₁; …; Aₙ] = Σ_i c_i s_i B_i A_i                                             (4)
 
-    The result has r = Σ r_i and scaling 1. A layer that an adapter leaves alone gets zeros of its rank. (Averaging A
-    and B separately, as PEFT's "linear" combination does, adds cross terms B_i A_j that no adapter has learned.)
-    ValueError for an empty list."""
+    A layer's rank is the sum over the adapters that have it, its scaling 1. (Averaging A and B separately, as PEFT's
+    "linear" combination does, adds cross terms B_i A_j that no adapter has learned.) ValueError for an empty list, a
+    weight that is not finite, an adapter with whole weights, or adapters of which only some were learned over NF4."""
     parts = list(adapters)
     if not parts:
         raise ValueError("nothing to mix: pass at least one (adapter, weight)")
-    shapes = {full: array.shape for adapter, _ in parts for full, array in adapter.arrays.items()}
-    r = sum(adapter.r for adapter, _ in parts)
+    for adapter, weight in parts:
+        if not math.isfinite(weight):
+            raise ValueError(f"an adapter's weight is {weight}, needed a finite number")
+        if adapter.modules_to_save:
+            raise ValueError(
+                f"{adapter.modules_to_save[0]} was trained in full: that is a weight, not a difference, and does not "
+                "add up; merge this adapter into the base and mix the others"
+            )
+    if len({adapter.over_nf4 for adapter, _ in parts}) > 1:
+        raise ValueError(
+            "some of the adapters were learned over NF4 weights and some over the original ones, needed one base; "
+            "if you mean to mix them, say which with dataclasses.replace(adapter, over_nf4=...)"
+        )
+    blocks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # c s B and A of each layer
+    for adapter, weight in parts:
+        for path in adapter.ranks:
+            A, B = (adapter.arrays[f"{path}.{part}"] for part in (A_NAME, B_NAME))
+            blocks.setdefault(path, []).append((weight * adapter.scaling(path) * B, A))
     arrays: Arrays = {}
-    for full, shape in shapes.items():
-        is_b, blocks = full.endswith(B_NAME), []
-        for adapter, weight in parts:
-            s = weight * scaling(adapter.lora_alpha, adapter.r, adapter.use_rslora)
-            empty = np.zeros((shape[0], adapter.r) if is_b else (adapter.r, shape[1]), np.float32)
-            blocks.append((s if is_b else 1) * adapter.arrays.get(full, empty))
-        arrays[full] = np.concatenate(blocks, axis=1 if is_b else 0)
-    modules = tuple(sorted({target for adapter, _ in parts for target in adapter.target_modules}))
-    return Adapter(arrays, r, lora_alpha=float(r), target_modules=modules)
+    for path, of_layer in blocks.items():
+        arrays[f"{path}.{A_NAME}"] = np.concatenate([A for _, A in of_layer], axis=0)
+        arrays[f"{path}.{B_NAME}"] = np.concatenate([B for B, _ in of_layer], axis=1)
+    ranks = {path: sum(len(A) for _, A in of_layer) for path, of_layer in blocks.items()}
+    r = mode(ranks.values())
+    return Adapter(
+        arrays,
+        r,
+        lora_alpha=float(r),
+        target_modules=tuple(sorted({target for adapter, _ in parts for target in adapter.target_modules})),
+        over_nf4=parts[0][0].over_nf4,
+        alpha_pattern={path: float(rank) for path, rank in ranks.items() if rank != r},
+    )
 
 
 def merge(params: Params) -> dict[str, Any]:
@@ -281,12 +327,15 @@ def merge(params: Params) -> dict[str, Any]:
 
     A quantized base is dequantized first, since that is the W which the adapter was trained on: the merged model equals
     the unmerged one. ValueError where there is no adapter, so that nothing is merged twice."""
-    loras = _loras(params)
-    return {name: Frozen(loras[name].dense()) if name in loras else w for name, w in params.items()}
+    _loras(params)
+    return {name: Frozen(w.dense()) if isinstance(w, LoRA | Tuned) else w for name, w in params.items()}
 
 
 def unmerge(params: Params, adapter: Adapter) -> dict[str, Any]:
-    """W = W' − s B A, up to the rounding of the two; to get W back bit for bit, keep it."""
+    """W = W' − s B A, up to the rounding of the two; to get W back bit for bit, keep it. ValueError for an adapter with
+    weights that were trained in full: what they replaced is not in it."""
+    if adapter.modules_to_save:
+        raise ValueError(f"{adapter.modules_to_save[0]} was replaced as a whole; to get it back, keep the base")
     carried = insert(params, adapter)
     return {name: Frozen(w.base.dense() - w.delta()) if isinstance(w, LoRA) else w for name, w in carried.items()}
 
@@ -305,12 +354,13 @@ def _loras(params: Params) -> dict[str, LoRA]:
     return loras
 
 
-def _leaves(linear: dict[str, str]) -> list[str]:
-    return sorted({path.split(".")[-1] for path in linear.values()})
+def _pattern(what: str, pattern: Mapping[str, Any] | None, paths: Collection[str]) -> dict[str, Any]:
+    for key, value in (pattern or {}).items():
+        if not pattern_values({key: value}, paths):
+            raise ValueError(f"{what}: {key!r} matches no target")
+    return pattern_values(pattern or {}, paths)
 
 
-def _short_targets(base: Params, names: list[str]) -> tuple[str, ...]:
-    """The shortest `target_modules` that means exactly these weights: module names if they do, else whole paths."""
-    paths = [name.removesuffix(".weight") for name in names]
-    leaves = sorted({path.split(".")[-1] for path in paths})
-    return tuple(leaves if set(targets(base, leaves)) == set(names) else paths)
+def _refuse_tied(params: Params, paths: Iterable[str]) -> None:
+    if (path := tied(params, paths)) is not None:
+        raise ValueError(f"{path}: the model's output matrix is its table of embeddings, needed two; {UNTIE}")

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from minift.models import llama
-from minift.peft.lora import NOT_LINEAR, targets, trainable_parameters
+from minift.peft.lora import trainable_parameters
+from minift.peft.targets import NOT_LINEAR, targets
 from minift.quant.double_quant import overhead_bits
 from minift.train.methods import Method
 

@@ -25,10 +25,12 @@ from minift.io import (
     FormatError,
     Tokenizer,
     load_adapter,
+    load_mlx_adapter,
     load_model,
     load_tokenizer,
     safetensors_file,
     save_adapter,
+    save_mlx_adapter,
     save_model,
 )
 from minift.io.bitsandbytes4 import FP4_STATE, STATE
@@ -306,20 +308,28 @@ def test_a_padding_nibble_that_is_not_zeros_code(nibble, tmp_path):
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def an_adapter():
+def an_adapter(**settings):
     rng = np.random.default_rng(0)
-    adapter = lora.detach(lora.attach(parameters(), ["q_proj", "up_proj"], r=2, lora_alpha=3, rng=rng))[1]
-    return adapter
+    return lora.detach(lora.attach(parameters(), ["q_proj", "up_proj"], r=2, lora_alpha=3, rng=rng, **settings))[1]
 
 
-ADAPTER = contents(lambda f: save_adapter(f, an_adapter()))
+PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r".*up_proj": 5}, "modules_to_save": ["norm"]}
+ADAPTERS = [
+    contents(lambda f: save_adapter(f, an_adapter())),
+    contents(lambda f: save_adapter(f, an_adapter(**PATTERNS))),
+]
+ADAPTER = ADAPTERS[0]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_CONFIGS = [json.loads(ADAPTER[ADAPTER_CONFIG])]
-ADAPTER_CONFIGS.append(ADAPTER_CONFIGS[0] | {"target_modules": r".*\.(q|up)_proj"})
+ADAPTER_CONFIGS = [json.loads(files[ADAPTER_CONFIG]) for files in ADAPTERS]
+ADAPTER_CONFIGS.append(ADAPTER_CONFIGS[0] | {"target_modules": r".*\.(q|up)_proj", "exclude_modules": ["k_proj"]})
+ADAPTER_CONFIGS.append(ADAPTER_CONFIGS[0] | {"layers_to_transform": [0], "layers_pattern": ["layers"]})
+ADAPTER_FILES = [ADAPTERS[0], ADAPTERS[1], ADAPTERS[0], ADAPTERS[0]]
+MLX = contents(lambda f: save_mlx_adapter(f, an_adapter()))
+MLX_WEIGHTS = "adapters.safetensors"
 
 
 def check_adapter(place, files, params):
-    size = fill(place / "a", ADAPTER | files)
+    size = fill(place / "a", files)
     if (adapter := outcome(lambda: load_adapter(place / "a", params), place / "a", size)) is not None:
         save_adapter(place / "again_a", adapter, overwrite=True)
         again = load_adapter(place / "again_a", params)
@@ -327,16 +337,37 @@ def check_adapter(place, files, params):
         assert vars(again) | {"arrays": 0} == vars(adapter) | {"arrays": 0}
 
 
-@examples(250)
-@given(data=st.sampled_from(ADAPTER_CONFIGS).flatmap(damaged_json), base=st.booleans())
-def test_adapter_config(place, data, base):
-    check_adapter(place, {ADAPTER_CONFIG: data}, parameters() if base else None)
+def check_mlx_adapter(place, files, params):
+    size = fill(place / "x", MLX | files)
+    if (adapter := outcome(lambda: load_mlx_adapter(place / "x", params), place / "x", size)) is not None:
+        save_mlx_adapter(place / "again_x", adapter, overwrite=True)
+        assert_same(load_mlx_adapter(place / "again_x", params).arrays, adapter.arrays)
+
+
+@examples(300)
+@given(data=st.data(), which=st.integers(0, len(ADAPTER_CONFIGS) - 1), base=st.booleans())
+def test_adapter_config(place, data, which, base):
+    config = data.draw(damaged_json(ADAPTER_CONFIGS[which]))
+    check_adapter(place, ADAPTER_FILES[which] | {ADAPTER_CONFIG: config}, parameters() if base else None)
+
+
+@examples(200)
+@given(data=st.data(), which=st.integers(0, 1), base=st.booleans())
+def test_adapter_weights(place, data, which, base):
+    weights = data.draw(damaged_safetensors(ADAPTERS[which][ADAPTER_WEIGHTS]))
+    check_adapter(place, ADAPTERS[which] | {ADAPTER_WEIGHTS: weights}, parameters() if base else None)
 
 
 @examples(150)
-@given(data=damaged_safetensors(ADAPTER[ADAPTER_WEIGHTS]), base=st.booleans())
-def test_adapter_weights(place, data, base):
-    check_adapter(place, {ADAPTER_WEIGHTS: data}, parameters() if base else None)
+@given(data=damaged_json(MLX[ADAPTER_CONFIG]), base=st.booleans())
+def test_mlx_adapter_config(place, data, base):
+    check_mlx_adapter(place, {ADAPTER_CONFIG: data}, parameters() if base else None)
+
+
+@examples(100)
+@given(data=damaged_safetensors(MLX[MLX_WEIGHTS]), base=st.booleans())
+def test_mlx_adapter_weights(place, data, base):
+    check_mlx_adapter(place, {MLX_WEIGHTS: data}, parameters() if base else None)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -716,7 +747,7 @@ def test_json_of_any_depth(place, depth):
             MODEL | {"config.json": json.dumps(CONFIGS[0] | {key: 0}).replace(": 0,", f": {deep},", 1).encode()},
         )
         outcome(lambda: load_model(place / "m"), place / "m", size)
-    for key in ("r", "target_modules", "init_lora_weights", "new"):
+    for key in ("r", "target_modules", "init_lora_weights", "rank_pattern", "modules_to_save", "new"):
         values = json.dumps({**ADAPTER_CONFIGS[0], key: "HERE"}).replace('"HERE"', deep)
         size = fill(place / "a", ADAPTER | {ADAPTER_CONFIG: values.encode()})
         outcome(lambda: load_adapter(place / "a"), place / "a", size)
@@ -743,6 +774,7 @@ def full(*arguments, **settings):
 WRITERS = {
     "model": lambda f: save_model(f / "m", CONFIG, parameters(), a_tokenizer(), overwrite=True),
     "adapter": lambda f: save_adapter(f / "a", an_adapter(), overwrite=True),
+    "mlx adapter": lambda f: save_mlx_adapter(f / "x", an_adapter(), overwrite=True),
     "checkpoint": lambda f: checkpoint.save(f, a_checkpoint()),
     "tokenizer": lambda f: a_tokenizer().save(f),
     "examples": lambda f: jsonl.write(f / "x.jsonl", [pair("q", "a")]),
@@ -761,7 +793,8 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, writer, where):
     """Whatever step fails: the files before, byte for byte, and nothing beside them."""
     WRITERS[writer](tmp_path)
     before = everything(tmp_path)
-    used = {"serialize_file": ("model", "adapter", "checkpoint"), "rename": ("model", "adapter")}
+    folders = ("model", "adapter", "mlx adapter")
+    used = {"serialize_file": (*folders, "checkpoint"), "rename": folders}
     monkeypatch.setattr(*where, full)
     if writer in used.get(where[1], WRITERS):
         with pytest.raises(OSError, match="No space left"):

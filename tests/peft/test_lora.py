@@ -1,6 +1,7 @@
 """LoRA: the worked example, the laws, adapters as values, and wrong versions that must be rejected."""
 
 import dataclasses
+import inspect
 import math
 import re
 
@@ -15,8 +16,9 @@ from minift.conformance.gradients import check_vjp
 from minift.models import llama
 from minift.nn.dropout import uniform
 from minift.nn.weight import Frozen, freeze, learns, replace, trainable
-from minift.peft import lora
+from minift.peft import lora, qlora
 from minift.peft.lora import LoRA
+from minift.peft.tuned import Tuned
 from minift.quant import double_quant, nf4
 
 CONFIG = llama.Config(23, 12, 20, 2, 4, 2, 6)
@@ -200,10 +202,19 @@ def test_a_regular_expression_that_matches_nothing_is_refused(params):
         lora.targets(params, "q_proj")  # must match the whole path
 
 
-@pytest.mark.parametrize("r", [0, -1])
-def test_a_rank_below_one_is_refused(params, rng, r):
-    with pytest.raises(ValueError, match=f"r is {r}"):
-        lora.attach(params, r=r, rng=rng)
+@pytest.mark.parametrize("r", [0, -1, 2.0, 2.5, True])
+def test_a_rank_that_is_no_whole_number_from_one_on_is_refused(params, rng, r):
+    attach = inspect.unwrap(lora.attach)  # the tests check types, users do not
+    with pytest.raises(ValueError, match=f"r is {r}, needed a rank of at least 1, a whole number"):
+        attach(params, r=r, rng=rng)
+    with pytest.raises(ValueError, match=f"r is {r}, needed a rank"):
+        attach(params, rank_pattern={"q_proj": r}, rng=rng)
+
+
+@pytest.mark.parametrize("nothing", [[], (), ""])
+def test_no_target_at_all_is_refused(params, rng, nothing):
+    with pytest.raises(ValueError, match=r"target_modules is empty, needed some of \['down_proj', .*, or 'all-linear'"):
+        lora.attach(params, nothing, rng=rng)
 
 
 def test_attach_freezes_everything_else(params, rng):
@@ -313,11 +324,11 @@ def test_detach_refuses_no_adapter_and_a_mixture_of_settings(params, rng):
         ValueError, match=r"carry no adapter: attach or insert one first \(or was it merged already\?\)$"
     ):
         lora.detach(params)
-    one = lora.attach(params, ["q_proj"], r=2, rng=rng)
-    other = lora.attach(params, ["v_proj"], r=3, rng=rng)
-    mixed = one | {n: w for n, w in other.items() if isinstance(w, LoRA)}
-    with pytest.raises(ValueError, match="layers differ in"):
-        lora.detach(mixed)
+    one = lora.attach(params, ["q_proj"], rng=rng)
+    for other in ({"use_rslora": True}, {"lora_dropout": 0.1}):
+        two = lora.attach(params, ["v_proj"], rng=rng, **other)
+        with pytest.raises(ValueError, match=r"layers differ in \(use_rslora, lora_dropout\)"):
+            lora.detach(one | {n: w for n, w in two.items() if isinstance(w, LoRA)})
 
 
 def mixture(mix):
@@ -378,6 +389,188 @@ def test_mix_of_adapters_on_different_layers_and_with_rslora(params, rng):
             assert (np.abs(w.delta() - exact) <= bounds.gamma(4 + 2, np.float32) * size).all()
     with pytest.raises(ValueError, match=r"^nothing to mix: pass at least one \(adapter, weight\)$"):
         lora.mix([])
+
+
+def test_a_layer_has_the_rank_that_the_parts_add_up_to(params, rng):
+    """No zeros for an adapter that leaves a layer alone."""
+    one = lora.detach(lora.attach(params, ["q_proj"], r=2, rng=rng))[1]
+    other = lora.detach(lora.attach(params, ["q_proj", "v_proj"], r=3, rank_pattern={"v_proj": 4}, rng=rng))[1]
+    mixed = lora.mix([(one, 1.0), (other, 1.0)])
+    assert {path.split(".")[-1]: r for path, r in mixed.ranks.items()} == {"q_proj": 5, "v_proj": 4}
+    assert {mixed.scaling(path) for path in mixed.ranks} == {1.0}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_mix_refuses_a_weight_that_is_not_finite(params, rng, weight):
+    adapter = lora.detach(lora.attach(params, ["q_proj"], rng=rng))[1]
+    with pytest.raises(ValueError, match=f"weight is {weight}, needed a finite number"):
+        lora.mix([(adapter, 1.0), (adapter, weight)])
+
+
+def test_mix_keeps_to_one_base(params, rng):
+    adapter = lora.detach(lora.attach(params, ["q_proj"], rng=rng))[1]
+    over_nf4 = dataclasses.replace(adapter, over_nf4=True)
+    assert lora.mix([(over_nf4, 1.0), (over_nf4, 2.0)]).over_nf4
+    assert not lora.mix([(adapter, 1.0)]).over_nf4
+    with pytest.raises(ValueError, match=r"some .* over NF4 weights .* dataclasses.replace\(adapter, over_nf4"):
+        lora.mix([(over_nf4, 1.0), (adapter, 1.0)])
+
+
+# --- layers that differ -----------------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 5, "down_proj": 1},
+    "alpha_pattern": {r"layers\.1\..*": 3.5, "q_proj": 11},  # the first key that matches decides
+}
+MODULES = ["q_proj", "v_proj", "down_proj"]
+EXPECTED = {  # (r, alpha), by hand
+    "model.layers.0.self_attn.q_proj": (5, 11),
+    "model.layers.0.self_attn.v_proj": (3, 7),
+    "model.layers.0.mlp.down_proj": (1, 7),
+    "model.layers.1.self_attn.q_proj": (3, 3.5),
+    "model.layers.1.self_attn.v_proj": (3, 3.5),
+    "model.layers.1.mlp.down_proj": (1, 3.5),
+}
+
+
+def patterned(params, rng, **settings):
+    return trained(lora.attach(params, MODULES, r=3, lora_alpha=7, rng=rng, **PATTERNS, **settings), rng)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_of_their_own(params, rng, rslora):
+    """Attached, detached, inserted, mixed, merged and unmerged, each layer keeps its own, against W + s B A by hand."""
+    carried = patterned(params, rng, use_rslora=rslora)
+    found = {n.removesuffix(".weight"): (len(w.A), w.lora_alpha) for n, w in carried.items() if isinstance(w, LoRA)}
+    assert found == EXPECTED
+    base, adapter = lora.detach(carried)
+    assert (adapter.r, adapter.lora_alpha) == (3, 3.5)  # those of most layers
+    assert adapter.ranks == {p: r for p, (r, _) in EXPECTED.items()}
+    assert adapter.alpha_pattern == {p: alpha for p, (_, alpha) in EXPECTED.items() if alpha != 3.5}
+    inserted = lora.insert(base, adapter)
+    merged, mixed = lora.merge(inserted), lora.insert(base, lora.mix([(adapter, -0.5)]))
+    back = lora.unmerge(merged, adapter)
+    u = bounds.unit_roundoff(np.float32)
+    for path, (r, alpha) in EXPECTED.items():
+        name, s = f"{path}.weight", alpha / (math.sqrt(r) if rslora else r)
+        W, weight = params[name], inserted[name]
+        assert weight.scaling == adapter.scaling(path) == s
+        exact = W.astype(float) + s * weight.B.astype(float) @ weight.A.astype(float)
+        allowed = bounds.lora_merge(W, weight.A, weight.B, s, np.float32)
+        assert (np.abs(merged[name].array - exact) <= allowed).all()
+        half, size = product(weight, -0.5 * s)
+        assert (np.abs(mixed[name].delta() - half) <= bounds.gamma(r + 2, np.float32) * size).all()
+        error = np.abs(back[name].array - W)
+        assert (error <= u * (np.abs(merged[name].array) + np.abs(W)) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("what", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_target_is_refused(params, rng, what):
+    for key in ("q_prj", "k_proj", "layers.2.self_attn.q_proj", "_proj"):  # k_proj is there, and not a target
+        with pytest.raises(ValueError, match=f"{what}: '{key}' matches no target"):
+            lora.attach(params, ["q_proj"], rng=rng, **{what: {key: 2}})
+    with pytest.raises(ValueError, match="is no regular expression"):
+        lora.attach(params, ["q_proj"], rng=rng, **{what: {"q_(": 2}})
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_an_alpha_of_a_pattern_is_checked_too(params, rng, alpha):
+    with pytest.raises(ValueError, match=f"lora_alpha is {alpha}, needed a positive number"):
+        lora.attach(params, alpha_pattern={"q_proj": alpha}, rng=rng)
+
+
+# --- weights that are trained in full ---------------------------------------------------------------------------------
+
+SAVED = ["lm_head", "model.norm", "embed_tokens", "layers.1.self_attn"]
+WHOLE = {"lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"} | {
+    f"model.layers.1.self_attn.{m}_proj.weight" for m in "qkvo"
+}
+
+
+def test_whole_weights_learn_beside_adapters(params, rng):
+    carried = lora.attach(params, ["q_proj"], r=3, rng=rng, modules_to_save=SAVED)
+    assert {n for n, w in carried.items() if isinstance(w, Tuned)} == WHOLE
+    pair = {f"model.layers.0.self_attn.q_proj.lora_{m}.weight" for m in "AB"}  # none on the one that learns itself
+    assert set(trainable(carried)) == WHOLE | pair
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 6))
+    y, vjp = llama.forward(carried, tokens, CONFIG)
+    y_base, base_vjp = llama.forward(params, tokens, CONFIG)
+    assert np.array_equal(y, y_base)  # at the start they are copies of what they replace
+    dy = rng.standard_normal(y.shape).astype(np.float32)
+    gradients, expected = vjp(dy), base_vjp(dy)
+    assert gradients.keys() == WHOLE | pair
+    assert all(np.array_equal(gradients[name], expected[name]) for name in WHOLE)  # and have its gradients
+
+
+def test_whole_weights_come_off_and_leave_every_bit(params, rng):
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 6))
+    before = {n: w.tobytes() for n, w in params.items()}
+    carried = trained(lora.attach(params, ["q_proj"], r=3, rng=rng, modules_to_save=SAVED), rng)
+    base, adapter = lora.detach(carried)
+    assert all(base[n].array is params[n] for n in params)
+    assert {n: w.tobytes() for n, w in params.items()} == before
+    assert set(adapter.modules_to_save) == {n.removesuffix(".weight") for n in WHOLE}
+    y = llama.forward(carried, tokens, CONFIG)[0]
+    assert np.array_equal(llama.forward(lora.insert(params, adapter), tokens, CONFIG)[0], y)
+    assert not np.array_equal(llama.forward(base, tokens, CONFIG)[0], y)
+    merged = lora.merge(carried)
+    assert not any(learns(w) for w in merged.values())
+    assert all(merged[n].array is carried[n].array for n in WHOLE)
+    other = lora.detach(lora.attach(params, ["v_proj"], rng=rng))[1]
+    switched = lora.insert(carried, other)  # another adapter's place: what was trained in full goes with the first
+    assert all((w.base if isinstance(w, LoRA) else w).array is params[n] for n, w in switched.items())
+    for impossible in (lambda: lora.unmerge(merged, adapter), lambda: lora.mix([(adapter, 1.0)])):
+        with pytest.raises(ValueError, match=r"was (replaced as a whole|trained in full)"):
+            impossible()
+
+
+def test_whole_weights_over_nf4_are_of_full_precision(params, rng):
+    carried = lora.attach(qlora.quantize(params), ["q_proj"], rng=rng, modules_to_save=["up_proj"])
+    weight = carried["model.layers.0.mlp.up_proj.weight"]
+    assert isinstance(weight.base, nf4.NF4Tensor)
+    assert np.array_equal(weight.array, weight.base.dense())
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["lm_head", "score"], "modules_to_save: 'score' matches no module of the model"),
+        ([""], "modules_to_save: '' matches no module"),
+        (["lm_hea"], "'lm_hea' matches no module"),
+        (["model.layers.1.self_attn.q_proj.weight"], "matches no module"),
+    ],
+)
+def test_a_module_to_save_that_is_not_there_is_refused(params, rng, modules, message):
+    with pytest.raises(ValueError, match=message):
+        lora.attach(params, ["q_proj"], rng=rng, modules_to_save=modules)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused_with_what_to_do(params, rng, module):
+    """(That doing it gives what PEFT computes is tested in tests/io/test_peft_variants.py.)"""
+    alone = {n: w for n, w in params.items() if n != "lm_head.weight"}
+    with pytest.raises(ValueError) as error:
+        lora.attach(alone, rng=rng, modules_to_save=[module])
+    assert str(error.value) == (
+        f"{module}: the model's output matrix is its table of embeddings, needed two; "
+        "give params['lm_head.weight'] a copy of it, and the config tie_word_embeddings=False"
+    )
+
+
+def test_insert_refuses_whole_weights_that_do_not_belong(params, rng):
+    adapter = lora.detach(lora.attach(params, ["q_proj"], rng=rng, modules_to_save=["lm_head"]))[1]
+
+    def with_array(name, array):
+        return dataclasses.replace(adapter, arrays=adapter.arrays | {name: array})
+
+    with pytest.raises(KeyError, match=r"score.weight is not the A or B of a layer, and the model has no weight"):
+        lora.insert(params, with_array("score.weight", np.ones((2, 12))))
+    with pytest.raises(ValueError, match=r"shape \(22, 12\) cannot replace a weight of shape \(23, 12\)"):
+        lora.insert(params, with_array("lm_head.weight", np.ones((22, 12))))
+    with pytest.raises(ValueError, match="learns itself, and cannot be trained in full as well"):
+        lora.insert(params, with_array(LAYER + "weight", params[LAYER + "weight"]))
+    with pytest.raises(ValueError, match=r"modules_to_save: 'norm' means norm\.bias, and only weights"):
+        lora.attach(params | {"norm.weight": np.ones(2), "norm.bias": np.ones(2)}, rng=rng, modules_to_save=["norm"])
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -527,3 +720,6 @@ def test_reprs_say_what_one_wants_to_know(params, rng):
     assert repr(lora.detach(carried)[1]) == "Adapter(r=3, lora_alpha=7, q_proj: 216 numbers, 864 bytes)"
     two = lora.detach(lora.attach(params, ["q_proj", "k_proj"], r=1, rng=rng))[1]
     assert repr(two).startswith("Adapter(r=1, lora_alpha=16, k_proj, q_proj: ")
+    whole = lora.attach(params, ["q_proj"], r=1, rng=rng, modules_to_save=["model.norm"])
+    assert repr(lora.detach(whole)[1]).startswith("Adapter(r=1, lora_alpha=16, q_proj, all of model.norm: 84 numbers")
+    assert repr(whole["model.norm.weight"]) == "Tuned(float32 (12,) in place of Frozen(float32 (12,), 48 bytes))"
