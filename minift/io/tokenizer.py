@@ -73,6 +73,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Nothing is added; a special token's own string in the text becomes its id.
 
+        Byte-level BPE gives every text back, if all 256 bytes are in its vocabulary. The built-in one has them; SmolLM2
+        lacks six control characters and U+40000 to U+BFFFF, which disappear, as with the library everywhere.
         ValueError for half a surrogate pair, which no encoding can write."""
         return self._encode(text).ids
 
