@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
 from minift.cli.chat import Chat
+from minift.cli.common import forget_the_reader
 from minift.cli.convert import Convert
 from minift.cli.finetune import Finetune
 from minift.cli.generate import Generate
@@ -49,11 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    said = set()
+
+    def say(message: Warning | str, *where: Any) -> None:
+        """A warning as the user of a command wants it: what, once, and not in which line of our source."""
+        if str(message) not in said:
+            said.add(str(message))
+            print(f"minift: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="minift")
+        warnings.showwarning = say  # type: ignore[assignment]
+        return _run(command)
+
+
+def _run(command: Any) -> int:
     try:
         return command.run()
     except (FormatError, DataError, TemplateError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read our output has gone: `minift generate … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            forget_the_reader()
             return 0
         print(f"minift: {error}", file=sys.stderr)
         return 2

@@ -11,13 +11,15 @@ import numpy as np
 from minift.cli.common import answer, console, emit, for_inference, load_with_adapter
 from minift.data.example import Message
 from minift.io import load_tokenizer
+from minift.models.generation import check_settings
 
 
 @dataclass
 class Chat:
     """Talk to a model; it sees the whole conversation so far.
 
-    An empty line is ignored, /reset forgets the conversation, /quit or Ctrl-D ends it. Ctrl-C stops an answer.
+    An empty line is ignored, /reset forgets the conversation. Ctrl-C stops an answer; at the prompt it ends the
+    conversation, as /quit and Ctrl-D do.
     """
 
     model: str = "tiny"
@@ -42,6 +44,7 @@ class Chat:
     """Print the conversation as one JSON object on the last line."""
 
     def run(self) -> int:
+        check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter)
         tokenizer, ready = load_tokenizer(self.model), for_inference(params)
         rng = np.random.default_rng(self.seed)
@@ -80,6 +83,6 @@ class Chat:
 def _ask() -> str | None:
     try:
         return console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()
         return None

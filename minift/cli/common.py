@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +27,17 @@ from minift.peft import lora, qlora
 
 
 class _Console(Console):
-    """Rich leaves with status 1 when the reader of our output has gone; `main` knows what to do then."""
+    """Rich ends the process when the reader of our output has gone (`| head`). Here the work goes on: what it is for
+    are files, and a training run of an hour must not be lost with the terminal that watched it."""
 
     def on_broken_pipe(self) -> None:
-        raise
+        self.quiet = True
+        forget_the_reader()
+
+
+def forget_the_reader() -> None:
+    """From now on stdout leads nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Names of files, questions and answers are printed as they are: [/x] is no markup, :x: no emoji, and a line stays a
@@ -104,9 +114,21 @@ def batches_of(
     return batches
 
 
+def modules(names: tuple[str, ...]) -> str | tuple[str, ...]:
+    """What `--target-modules` means: names, or one argument that is all-linear or a regular expression for paths."""
+    if len(names) != 1 or (names[0] != "all-linear" and not set(names[0]) & set("\\^$*+?()[]{}|")):
+        return names
+    try:
+        re.compile(names[0])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"target_modules is {names[0]!r}, needed a regular expression ({error})") from None
+    return names[0]
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+PROMPT_AND_ANSWER = "prompt and answer together"
 Base = Literal["auto", "nf4", "original"]
 
 
@@ -132,6 +154,13 @@ def for_inference(params: Params) -> dict[str, Any]:
     return {name: Frozen(dense(weight)) for name, weight in params.items()}
 
 
+def warn_beyond(config: llama.Config, tokens: int, what: str) -> None:
+    """A UserWarning where a text may get longer than those that the model has seen."""
+    limit = config.max_position_embeddings
+    if tokens > limit:
+        warnings.warn(f"{what} may go beyond the {limit:,} tokens the model was made for, and get worse", stacklevel=2)
+
+
 def answer(
     params: Params,
     config: llama.Config,
@@ -144,6 +173,7 @@ def answer(
 ) -> Iterator[str]:
     """The model's next turn in a conversation, piece by piece, without the mark that ends it."""
     prompt = encode_prompt(messages, tokenizer)[None]
+    warn_beyond(config, prompt.size + max_new_tokens, PROMPT_AND_ANSWER)
     stops = {*end_of_turn(tokenizer), *tokenizer.stop_token_ids}
     steps = llama.stream(params, prompt, config, max_new_tokens, temperature, rng, stop_tokens=stops, **options)
     yield from tokenizer.decode_stream(token for (token,) in steps if int(token) not in stops)

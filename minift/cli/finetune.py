@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from minift.cli.common import (
     console,
     emit,
     for_inference,
+    modules,
     peak_memory_bytes,
     read_data,
+    warn_beyond,
 )
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.batches import Encoded
@@ -85,7 +88,8 @@ class Finetune:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Which layers get an adapter: names such as q_proj v_proj, or all-linear."""
+    """Which layers get an adapter: names such as q_proj v_proj, all-linear, or a regular expression for whole paths,
+    such as '.*layers\\.[01]\\..*_proj'."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, far less memory."""
     eval_examples: int = 400
@@ -109,21 +113,21 @@ class Finetune:
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
         config, params = load_model(self.model)
         settings = self._settings(config)
+        warn_beyond(config, self.seq_len, "examples of --seq-len")
         tokenizer = load_tokenizer(self.model)
         data = read_data(self.data, tokenizer, self.seq_len, self.eval_examples)
-        total = sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
-        target_modules = "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
         params, config = prepare(
             self.method,
             params,
             config,
-            target_modules=target_modules,
+            target_modules=modules(self.target_modules),
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
             rng=np.random.default_rng(self.seed),
         )
+        total = sum(math.prod(shape) for shape in llama.shapes(config).values())  # of head, with what it unties
         learned = sum(array.size for array in trainable(params).values())
         console.print(
             Text(self.method, style="bold"),

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from minift.cli.common import answer, emit, for_inference, load_with_adapter
+from minift.cli.common import PROMPT_AND_ANSWER, answer, emit, for_inference, load_with_adapter, warn_beyond
 from minift.data.example import Message
 from minift.io import load_tokenizer
 from minift.models import llama
+from minift.models.generation import check_settings
 
 
 @dataclass
@@ -47,12 +48,14 @@ class Generate:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
+        check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter)
         tokenizer = load_tokenizer(self.model)
         ready, rng = for_inference(params), np.random.default_rng(self.seed)
         options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.raw:
             tokens = np.array([tokenizer.encode(self.prompt)], np.int64)
+            warn_beyond(config, tokens.size + self.max_new_tokens, PROMPT_AND_ANSWER)
             stops = set(tokenizer.stop_token_ids)
             steps = llama.stream(
                 ready, tokens, config, self.max_new_tokens, self.temperature, rng, stop_tokens=stops, **options

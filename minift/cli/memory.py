@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from minift.cli.common import console, emit
+from minift.cli.common import console, emit, modules
 from minift.io import load_model
 from minift.models import llama
 from minift.train.loop import at_least
@@ -32,7 +32,7 @@ class Memory:
     r: int = 8
     """Rank of the adapters."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Which layers get an adapter."""
+    """Which layers get an adapter: names, all-linear, or a regular expression, as in finetune."""
     batch_size: int = 1
     """Sequences in one pass."""
     seq_len: int = 512
@@ -51,12 +51,11 @@ class Memory:
         if self.model == "lora-paper" or self.model in LORA_PAPER:
             return self._paper()
         config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]
-        targets = "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
         items = bill(
             config,
             self.method,
             r=self.r,
-            target_modules=targets,
+            target_modules=modules(self.target_modules),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             weight_bits=self.weight_bits,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class Watcher:
     _started: float = field(default_factory=time.monotonic, init=False)
     _last_line: float = field(default_factory=time.monotonic, init=False)
     _first_step: int | None = field(default=None, init=False)
+    _unread: bool = field(default=False, init=False)
 
     def __enter__(self):
         if console.is_terminal:
@@ -42,6 +45,10 @@ class Watcher:
 
     def __call__(self, record: Record) -> None:
         step = record["step"]
+        if console.quiet and not self._unread:
+            self._unread = True
+            with suppress(OSError):  # stderr may have gone the same way
+                print("minift: nobody reads this output any more; training goes on, see metrics.jsonl", file=sys.stderr)
         if "eval_loss" in record:
             self._eval_loss = record["eval_loss"]
             console.print(f"step {step:>5}  held-out loss {self._eval_loss:.3f}")

@@ -35,16 +35,18 @@ def read(path: str | os.PathLike[str]) -> list[Example]:
     """All examples of a JSONL file, in order.
 
     Raises DataError, with file and line, for what is not UTF-8 JSON objects of one of the four forms (see above),
-    for blank lines, a byte-order mark, NaN and Infinity, lines over 16 MiB, and a file without any example."""
-    examples = []
-    with open(path, "rb") as file:  # in bytes: only \n ends a line, not the U+2028 that str.splitlines breaks at
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            try:
+    for blank lines, a byte-order mark, NaN and Infinity, lines over 16 MiB, a file without any example, and one that is
+    not there."""
+    examples, number = [], 0
+    try:
+        with open(path, "rb") as file:  # in bytes: only \n ends a line, not the U+2028 that str.splitlines breaks at
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
                 examples.append(_example(_record(line, first=number == 1)))
-            except DataError as error:
-                raise DataError(f"{os.fspath(path)}, line {number}: {error}") from None
+    except DataError as error:
+        raise DataError(f"{os.fspath(path)}, line {number}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)}: {error.strerror}, needed a JSONL file that can be read") from None
     if not examples:
         raise DataError(f"{os.fspath(path)}: the file is empty, needed at least one line with {_NEEDED}")
     return examples

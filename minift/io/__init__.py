@@ -7,6 +7,7 @@ from typing import Any
 
 from minift.io import gguf as _gguf
 from minift.io import huggingface as _huggingface
+from minift.io import leftovers as _leftovers
 from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy
 from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
@@ -54,6 +55,7 @@ def load_tokenizer(source: Path | str) -> Tokenizer:
 def _find(source: Path | str) -> Path:
     path = TINY if source == "tiny" else Path(source)
     if not path.exists():
+        _leftovers.require_not_aside(path)
         needed = "the built-in model, which this installation lacks" if source == "tiny" else "a folder or a .gguf file"
         raise FormatError(path, "", "nothing there", f"{needed}, or 'tiny'" if source != "tiny" else needed)
     if path.is_file() and path.suffix != ".gguf":

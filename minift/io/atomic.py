@@ -2,19 +2,23 @@
 
 A process that is killed while it writes leaves half a file. So everything is written under a temporary name in the
 same directory, flushed to the disk, and only then renamed: a rename either happened or did not. The directory is
-flushed too, because it is the directory that holds the new name.
+flushed too, because it is the directory that holds the new name. What a killed process leaves under a temporary name
+is cleaned up by the next one that writes the same file or folder: see `leftovers`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minift.io import checksum, leftovers
 from minift.io.errors import FormatError
+
+EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
@@ -24,20 +28,14 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
     behind; a killed process can leave `.NAME.tmp-…` beside it. Raises OSError, and whatever `content` raises.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with leftovers.temporary(path) as temporary:
         if callable(content):
             content(temporary)
         else:
             temporary.write_bytes(content)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that nobody else can read
+        temporary.chmod(0o666 & ~_umask())  # temporary files are made so that nobody else can read them
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 
@@ -45,29 +43,28 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path],
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """`with atomic_folder(path) as folder:` fill `folder`; it gets the name `path` when the block ends well.
 
-    If the block fails, `path` is as it was. An existing folder that is not empty is refused (FormatError) unless
-    `overwrite`; then it is replaced as a whole, and between the two renames it is called `.NAME.old-…`. Only an
-    earlier result is replaced: a folder with other folders in it, or with none of the new files, is refused as well.
+    The checksums of its files are added as `SHA256SUMS`. If the block fails, `path` is as it was. An existing folder
+    that is not empty is refused (FormatError) unless `overwrite`; then it is replaced as a whole. Only an earlier
+    result is replaced: a folder with other folders in it, or with none of the new files, is refused as well.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FormatError(path, "", "a file", "a folder, or a name that is free")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FormatError(path, "", "a folder that is not empty", "an empty or new one, or overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    try:
+    with leftovers.temporary(path, folder=True) as temporary:
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise FormatError(path, "", "a folder that is not empty", "an empty or new one, or overwrite=True")
         yield temporary
         refuse_to_destroy(path, {file.name for file in temporary.iterdir()})
+        checksum.write_sums(temporary)
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
-        _replace_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        old = _replace_folder(temporary, path)
     sync(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -93,18 +90,27 @@ def refuse_to_destroy(path: Path, names: set[str]) -> None:
         raise FormatError(path, "", f"a folder with other things ({old[0].name})", f"one with {min(names, default='')}")
 
 
-def _replace_folder(new: Path, path: Path) -> None:
+def _replace_folder(new: Path, path: Path) -> Path | None:
+    """Give `new` the name `path`; what the folder is called that had it before, if one did."""
     if not path.exists():
         os.rename(new, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    os.replace(path, old)  # onto an empty directory
+        return None
+    if _exchange(new, path):
+        return new
+    old = leftovers.aside(path, new)
+    os.rename(path, old)
     try:
         os.rename(new, path)
     except BaseException:
-        os.replace(old, path)
+        os.rename(old, path)
         raise
-    shutil.rmtree(old)
+    return old
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step, so that there is never none of them; False where system or disk cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(HERE, os.fsencode(a), HERE, os.fsencode(b), EXCHANGE) == 0
 
 
 def _umask() -> int:

@@ -8,14 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from minift.io import checksum, leftovers
 from minift.io.errors import FormatError, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FormatError for a missing file, bad JSON, a repeated key, or no object."""
     try:
-        data = path.read_bytes()
+        data = checksum.read_bytes(path)
     except OSError as error:
+        leftovers.require_not_aside(path.parent)
         raise FormatError(path, "", error.strerror or error, "a JSON file that can be read") from error
     return parse_json(data, path)
 

@@ -1,21 +1,28 @@
 """safetensors files for NumPy, with bfloat16.
 
-The library checks a file (no holes, no overlap, nothing past the end) and writes it, but its NumPy side does not know
-bfloat16. A bfloat16 number is the upper half of a float32: sign, the same 8 exponent bits, 7 of the 23 mantissa
-bits. So reading appends sixteen zero bits, and writing rounds to nearest, ties to even, and drops them.
+A file is the length of its header in eight bytes, the header in JSON, and the numbers. The library checks files (no
+holes, no overlap, nothing past the end), but its NumPy side does not know bfloat16, and it writes metadata in another
+order each time; written here, equal content makes equal files.
 
-Tensors are read one at a time out of a memory map, so that a file may be larger than memory.
+A bfloat16 number is the upper half of a float32: sign, the same 8 exponent bits, 7 of the 23 mantissa bits. So reading
+appends sixteen zero bits, and writing rounds to nearest, ties to even, and drops them.
+
+Tensors are read one at a time, so that a file may be larger than memory, and checked against the digest that
+`checksum` explains, if the file has them.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 
+from minift.io import checksum
 from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import parse_json
@@ -35,13 +42,14 @@ DTYPES: dict[str, type] = {
     "I64": np.int64,
     "BOOL": np.bool_,
 }
+SPELLINGS = {np.dtype(found): spelled for spelled, found in DTYPES.items() if spelled != "BF16"}
 HEADER_LIMIT = 10_000_000  # bytes of JSON: names and shapes, not numbers
 
 
 class SafetensorsFile:
     """An open safetensors file: names and shapes now, numbers when they are asked for.
 
-    Raises FormatError for a file that is missing, truncated, or not safetensors.
+    Raises FormatError for a file that is missing, truncated, or not safetensors, and for checksums of other tensors.
     """
 
     def __init__(self, path: Path | str):
@@ -57,6 +65,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.entries = header
         self._data_start = 8 + size
+        self._digests = self._take_digests()
 
     def names(self) -> list[str]:
         return list(self.entries)
@@ -69,11 +78,16 @@ class SafetensorsFile:
         return tuple(self.entries[name]["shape"])
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, flat uint8, copied out of the file."""
+        """The tensor's bytes, flat uint8, copied out of the file. FormatError where they are not what was written."""
         begin, end = self.entries[name]["data_offsets"]
         with open(self.path, "rb") as file:
             file.seek(self._data_start + begin)
-            return np.fromfile(file, dtype=np.uint8, count=end - begin)
+            data = np.fromfile(file, dtype=np.uint8, count=end - begin)
+        if self._digests is not None:
+            digest = checksum.of_tensor(name, self.dtype(name), self.shape(name), data)
+            if digest != self._digests[name]:
+                raise self._damaged(name)
+        return data
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its own dtype, bfloat16 as float32."""
@@ -89,6 +103,27 @@ class SafetensorsFile:
             raise FormatError(self.path, name, f"shape {shown(self.shape(name))}", f"a shape: {error}") from error
         return from_bfloat16(array) if dtype == "BF16" else array
 
+    def _take_digests(self) -> dict[str, Any] | None:
+        """The checksums out of the metadata, if there are any: one for each tensor, and the metadata's own is right."""
+        entry = self.metadata.pop(checksum.ENTRY, None)
+        if entry is None:
+            return None
+        digests = parse_json(entry.encode("utf-8"), self.path, checksum.ENTRY)
+        if different := digests.keys() ^ (self.entries.keys() | {checksum.REST}):
+            name = min(different)
+            parts = ["a checksum", "a tensor"]
+            found, missing = parts if name in digests else parts[::-1]
+            raise FormatError(self.path, name, f"{found} without {missing}", "both: the file is damaged, copy it again")
+        if digests[checksum.REST] != checksum.of_metadata(self.metadata):
+            raise self._damaged(checksum.REST)
+        return digests
+
+    def _damaged(self, name: str) -> FormatError:
+        found = "something else than was written: the file is damaged, or another program has changed it"
+        return FormatError(
+            self.path, name, found, "what its checksum says; copy the file again, or take an earlier one"
+        )
+
 
 def write_safetensors(
     path: Path | str,
@@ -96,18 +131,39 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     bfloat16: frozenset[str] | set[str] = frozenset(),
 ) -> None:
-    """Write arrays in their own dtype; those named in `bfloat16` are uint16, from `to_bfloat16`. Atomic."""
-    kept = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    specs = {
-        name: TensorSpec(
-            dtype="bfloat16" if name in bfloat16 else array.dtype.name,
-            shape=array.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
-        )
-        for name, array in kept.items()
-    }
-    atomic_write(path, lambda temporary: serialize_file(specs, temporary, metadata=dict(metadata or {"format": "pt"})))
+    """Write arrays in their own dtype, and checksums; those named in `bfloat16` are uint16, from `to_bfloat16`. Atomic.
+
+    FormatError for a dtype that the format does not have."""
+    metadata = {key: value for key, value in (metadata or {"format": "pt"}).items() if key != checksum.ENTRY}
+    digests = {checksum.REST: checksum.of_metadata(metadata)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    widest_first = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # each at a multiple of its size
+    end = 0
+    for name in widest_first:
+        array = arrays[name]
+        dtype = "BF16" if name in bfloat16 else SPELLINGS.get(array.dtype.newbyteorder("="))
+        if dtype is None:
+            raise FormatError(path, name, f"dtype {array.dtype}", f"one of {', '.join(DTYPES)}")
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        digests[name] = checksum.of_tensor(name, dtype, array.shape, _bytes_of(array))
+        end += array.nbytes
+    metadata[checksum.ENTRY] = json.dumps(digests)
+
+    def write(temporary: Path) -> None:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in widest_first:
+                file.write(_bytes_of(arrays[name]).data)
+
+    atomic_write(path, write)
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    """Flat uint8, little-endian, in C order: a view wherever the array lies so already."""
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8)
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:

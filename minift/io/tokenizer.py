@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from minift.io import checksum
 from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import json_bytes, read_json
@@ -72,6 +73,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Nothing is added; a special token's own string in the text becomes its id.
 
+        Byte-level BPE gives every text back, if all 256 bytes are in its vocabulary. The built-in one has them; SmolLM2
+        lacks six control characters and U+40000 to U+BFFFF, which disappear, as with the library everywhere.
         ValueError for half a surrogate pair, which no encoding can write."""
         return self._encode(text).ids
 
@@ -122,7 +125,7 @@ class Tokenizer:
         older_path = folder / "special_tokens_map.json"
         older = read_json(older_path) if older_path.exists() else {}
         try:
-            backend = _parse(path, path.read_text(encoding="utf-8"))
+            backend = _parse(path, checksum.read_bytes(path).decode("utf-8"))
         except OSError as error:
             raise FormatError(path, "", error.strerror, "a tokenizer in the `tokenizers` library's format") from error
         except UnicodeDecodeError as error:
@@ -174,7 +177,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            return checksum.read_bytes(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(path, "", error, "a template in UTF-8") from error
     template = config.get("chat_template")

@@ -14,6 +14,20 @@ from jaxtyping import Float, Integer
 from minift.nn.losses import log_softmax
 
 
+def check_settings(
+    max_new_tokens: int = 0, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
+) -> None:
+    """ValueError for a setting outside its range, also for one that is not used at temperature 0."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, needed 0 or more")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}, needed 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, needed at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, needed 0 < top_p <= 1")
+
+
 def choose(
     logits: Float[np.ndarray, "batch vocab"],
     temperature: float = 0.0,
@@ -26,10 +40,9 @@ def choose(
     `top_k` keeps the k likeliest tokens (Fan et al. 2018); `top_p` then keeps the smallest set of likeliest tokens
     whose probabilities sum to at least p (Holtzman et al. 2020), always at least one. ValueError for a setting
     outside its range, or sampling without `rng`."""
+    check_settings(0, temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(axis=-1)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, needed 0 (greedy) or more")
     if rng is None:
         raise ValueError("sampling at a temperature above 0 needs rng=np.random.default_rng(seed)")
     return sample(probabilities(logits, temperature, top_k, top_p), rng)
@@ -42,10 +55,7 @@ def probabilities(
     top_p: float | None = None,
 ) -> Float[np.ndarray, "batch vocab"]:
     """The distribution that `choose` samples from, in float64: tempered, cut to top_k, then to top_p, normalized."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, needed at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, needed 0 < top_p <= 1")
+    check_settings(0, temperature, top_k, top_p)
     p = np.exp(log_softmax(logits.astype(np.float64) / temperature))
     order = np.argsort(-p, axis=-1, kind="stable")  # likeliest first; of equals, the lower id
     ranked = np.take_along_axis(p, order, axis=-1)
@@ -80,7 +90,9 @@ def stream(
     """Yield the next token of every row, step by step, until `max_new_tokens` or until every row has stopped.
 
     `next_logits(text, lengths) -> (batch, vocab)` reads the text that is new and remembers it. `lengths` are the real
-    tokens of right-padded prompts; without them every row is full. ValueError for an empty prompt."""
+    tokens of right-padded prompts; without them every row is full. ValueError for an empty prompt, and for a setting
+    outside its range."""
+    check_settings(max_new_tokens, temperature, top_k, top_p)
     batch, width = tokens.shape
     lengths = np.full(batch, width) if lengths is None else lengths
     if width == 0 or lengths.min(initial=1) < 1:

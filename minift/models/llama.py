@@ -256,11 +256,15 @@ def backbone(
                  a fraction of the memory, and nothing at all kept while no one calls `vjp`
 
     Blocks below the lowest one in which something learns keep no activations and take no part in the backward pass; a
-    pass with a cache keeps none at all and has no pullback. ValueError for a prefix together with a cache.
+    pass with a cache keeps none at all and has no pullback. ValueError for a prefix together with a cache, and for
+    inputs without a token or of another shape; IndexError for tokens outside the vocabulary.
     """
     if prefix is not None and cache is not None:
         raise ValueError("a prefix and a cache: put the prefix into the cache instead, `cache.put_prefix(prefix)`")
     from_tokens = np.issubdtype(inputs.dtype, np.integer)
+    if inputs.ndim != (2 if from_tokens else 3) or inputs.size == 0:
+        needed = "(batch, tokens)" if from_tokens else "(batch, tokens, hidden_size)"
+        raise ValueError(f"the input has shape {inputs.shape}, needed {needed} with at least one token")
     if from_tokens:
         x, embedding_vjp = embedding(inputs, params[EMBEDDING])  # (B, T, d)
     else:

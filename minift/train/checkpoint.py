@@ -2,7 +2,8 @@
 
 There is little: what learns, the optimizer's two moments, the step. Data order, dropout masks and learning rate are
 pure functions of (settings, step), so there is no generator to save. The file is written under another name and then
-renamed; a run that is killed while it writes keeps the checkpoint before.
+renamed; a run that is killed while it writes keeps the checkpoint before. It carries checksums, and nothing in it is
+NaN: a run goes on from what was saved, or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import Fields, parse_json
-from minift.io.safetensors_file import SafetensorsFile, write_safetensors
+from minift.io.safetensors_file import SafetensorsFile, require_finite, write_safetensors
 from minift.nn.weight import Arrays
 
 NAME = "checkpoint.safetensors"
@@ -36,15 +37,17 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint.safetensors` in `folder`, atomically."""
+    """Write `checkpoint.safetensors` in `folder`, atomically. FormatError for NaN: the one before stays."""
     groups = (checkpoint.parameters, checkpoint.m, checkpoint.v, checkpoint.best)
     arrays = {f"{group}/{n}": a for group, named in zip(_GROUPS, groups, strict=True) for n, a in named.items()}
+    for name, array in arrays.items():
+        require_finite(folder / NAME, name, array)
     facts = {"step": checkpoint.step, "identity": checkpoint.identity, "best_loss": checkpoint.best_loss}
     write_safetensors(folder / NAME, arrays, metadata={"minift": json.dumps(facts)})
 
 
 def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
-    """Read it back for a run of the same identity. FormatError where there is none, or it is another run's."""
+    """Read it back for a run of the same identity. FormatError where there is none, it is damaged or another run's."""
     path = folder / NAME
     if not path.exists():
         raise FormatError(path, "", "no checkpoint", "one to resume from; start without --resume first")
@@ -71,6 +74,7 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
             raise FormatError(
                 path, full, f"{array.dtype} {shown(array.shape)}", f"{like[name].dtype} {like[name].shape}"
             )
+        require_finite(path, full, array)
         groups[group][name] = array
     whole = _GROUPS[:3] if step else _GROUPS[:1]  # there are no moments before the first step
     if groups["best"]:

@@ -1,20 +1,46 @@
 """The commands, as a user calls them: what they print, what they write, and what they say about bad input."""
 
+import dataclasses
 import io
 import json
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minift.cli import COMMANDS, main
-from minift.io import load_adapter, load_model, load_tokenizer
+from minift.io import load_adapter, load_model, load_tokenizer, save_model
 from minift.models import llama
 from minift.nn.weight import dense
 from minift.peft import lora, qlora
 
 QUICK = ["--steps", "3", "--eval-examples", "12", "--batch-size", "4", "--json"]
+
+
+@pytest.fixture
+def run():
+    """The same in a process of its own, where no signatures are checked: faster for what computes a lot."""
+
+    def run(*arguments, stdin=""):
+        command = [sys.executable, "-m", "minift", *map(str, arguments)]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+        result = json.loads(done.stdout.splitlines()[-1]) if "--json" in arguments and done.returncode == 0 else None
+        return done.returncode, result, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Options for a short run on sixty short examples."""
+    lines = (json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i}."}) + "\n" for i in range(60))
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    return [*QUICK, "--data", str(tmp_path / "few.jsonl")]
 
 
 @pytest.fixture
@@ -28,7 +54,9 @@ def finetuned(call, tmp_path):
 def test_finetune(call, tmp_path, method):
     status, result, captured = call("finetune", "--method", method, *QUICK, "--out", tmp_path / "run")
     assert status == 0
-    assert result["total_parameters"] == 1_000_576
+    untied = 2048 * 128 if method == "head" else 0  # the output matrix, no longer the table of embeddings
+    assert result["total_parameters"] == 1_000_576 + untied
+    assert f"of {result['total_parameters']:,} parameters learn" in captured.out
     config, params = load_model("tiny")
     linear = [params[n].shape for n in lora.targets(params, "all-linear")]
     expected = {
@@ -52,6 +80,7 @@ def test_finetune(call, tmp_path, method):
     assert "the answer" in captured.out
     if method in ("full", "head"):
         config, params = load_model(result["adapter"])
+        assert sum(w.size for w in params.values()) == result["total_parameters"]
         assert config.tie_word_embeddings == (method == "full")
     else:
         assert load_adapter(result["adapter"]).r == 8
@@ -96,6 +125,84 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m minift info tiny --tensors | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_training_outlives_its_reader(tmp_path, few):
+    """`minift finetune | head`: the run goes on to its end, and says on stderr that nobody reads."""
+    for merged, said in (("", True), ("2>&1", False)):
+        command = [sys.executable, "-m", "minift", "finetune", *few, "--out", str(tmp_path / f"run{merged}")]
+        pipe = f"{shlex.join(command)} {merged} | head -1; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+        assert done.returncode == 0 and "parameters learn" in done.stdout
+        assert (done.stderr.count("nobody reads this output any more; training goes on") == 1) == said, done.stderr
+        assert "Traceback" not in done.stderr
+        assert load_adapter(tmp_path / f"run{merged}" / "adapter").r == 8
+        assert json.loads((tmp_path / f"run{merged}" / "summary.json").read_text())["eval_loss_after"] > 0
+
+
+def test_the_text_of_generate_ends_with_its_reader():
+    """There the output is all there is."""
+    pipe = f"{sys.executable} -m minift generate Hello --raw --max-new-tokens 400 | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 1)
+
+
+def test_target_modules_by_a_regular_expression(call, run, tmp_path, few):
+    expression = r".*layers\.[13]\..*(q|up)_proj"
+    status, result, _ = run("finetune", *few, "--target-modules", expression, "--out", tmp_path / "run")
+    assert status == 0
+    assert result["trainable_parameters"] == 2 * 8 * ((128 + 128) + (352 + 128))
+    bill = call("memory", "--model", "tiny", "--method", "lora", "--target-modules", expression, "--json")[1]
+    assert bill["adapters"] == result["trainable_bytes"]
+    adapter = load_adapter(result["adapter"], load_model("tiny")[1])
+    assert {name.split(".")[2] for name in adapter.arrays} == {"1", "3"}
+    for wrong, message in (("(q_proj", "needed a regular expression (missing )"), ("x+", "matches none of")):
+        status, _, captured = call("finetune", *few, "--target-modules", wrong, "--out", tmp_path / "wrong")
+        assert status == 2
+        assert message in captured.err
+
+
+def test_texts_beyond_what_the_model_was_made_for(run, tmp_path, few):
+    """Of 40 tokens, here: to the token, and once a command."""
+    config, params = load_model("tiny")
+    config = dataclasses.replace(config, max_position_embeddings=40)
+    save_model(tmp_path / "short", config, params, load_tokenizer("tiny"))
+    model, said = ["--model", tmp_path / "short"], "minift: warning: {} may go beyond the 40 tokens"
+    size = len(load_tokenizer("tiny").encode("Return the"))
+    for new in (40 - size, 41 - size):
+        _, _, err = run("generate", "Return the", "--raw", *model, "--max-new-tokens", new)
+        assert (said.format("prompt and answer together") in err) == (new + size > 40)
+    _, _, err = run("generate", "Hi", *model, "--max-new-tokens", "50")
+    assert err.count(said.format("prompt and answer together")) == 1
+    _, result, err = run("chat", *model, "--max-new-tokens", "50", "--json", stdin="one\ntwo\nthree\n")
+    assert len(result["messages"]) == 6 and err.count("warning") == 1
+    for length in (40, 41):
+        status, _, err = run("finetune", *model, *few, "--seq-len", length, "--out", tmp_path / "run")
+        assert status == 0
+        assert (said.format("examples of --seq-len") in err) == (length > 40)
+
+
+def test_a_damaged_adapter(call, run, tmp_path, few):
+    """A changed configuration is said and read; a flipped bit among the numbers is refused; so is a lost name."""
+    finetuned = Path(run("finetune", *few, "--out", tmp_path / "run")[1]["adapter"])
+    config = finetuned / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16.0', '"lora_alpha": 48.0'))
+    status, info, captured = call("info", finetuned, "--json")
+    assert (status, info["lora_alpha"]) == (0, 48)
+    assert f"minift: warning: {config}: not as it was written" in captured.err
+    weights = finetuned / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 4
+    weights.write_bytes(data)
+    status, _, captured = call("generate", "Hi", "--adapter", finetuned)
+    assert status == 2
+    assert f"{weights}: base_model.model.model.layers." in captured.err
+    assert "the file is damaged" in captured.err
+    finetuned.rename(finetuned.parent / ".adapter.old-12345678")
+    for command in (["info", finetuned], ["generate", "Hi", "--adapter", finetuned], ["merge", "--adapter", finetuned]):
+        status, _, captured = call(*command)
+        assert status == 2
+        assert f"mv {finetuned.parent}/.adapter.old-12345678 {finetuned}" in captured.err
 
 
 def test_a_learning_rate_of_zero_is_not_the_default(call, tmp_path):
@@ -224,6 +331,25 @@ def test_chat(call, monkeypatch):
     assert result["messages"][1]["content"] == "What is `list`?"
 
 
+@pytest.mark.parametrize("end", ["Ctrl-C", "Ctrl-D"])
+def test_chat_ends_politely(tmp_path, end):
+    """At the prompt, where it waits for the next question: status 0, and the conversation in JSON."""
+    command = [sys.executable, "-m", "minift", "chat", "--max-new-tokens", "4", "--json", "--out", str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as chat:
+        chat.stdin.write("What is `int`?\n")
+        chat.stdin.flush()
+        chat.stdout.readline()  # the answer
+        if end == "Ctrl-C":
+            time.sleep(0.5)
+            chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate()
+    assert (chat.returncode, err) == (0, "")
+    result = json.loads(out.splitlines()[-1])
+    assert [m["role"] for m in result["messages"]] == ["user", "assistant"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == result
+
+
 @pytest.mark.parametrize(
     ("arguments", "gigabytes"),
     [
@@ -290,7 +416,10 @@ def test_memory_of_the_lora_paper(call):
             ["finetune", "--model", "no/such/model"],
             "no/such/model: found nothing there, needed a folder or a .gguf file",
         ),
-        (["finetune", "--data", "no/such.jsonl"], "no/such.jsonl"),
+        (
+            ["finetune", "--data", "no/such.jsonl"],
+            "minift: no/such.jsonl: No such file or directory, needed a JSONL file that can be read",
+        ),
         (["finetune", "--target-modules", "q_prj"], "'q_prj' matches no linear layer"),
         (["finetune", "--r", "0"], "r is 0"),
         (["finetune", "--target-modules", "embed_tokens"], "'embed_tokens' matches no linear layer"),
@@ -317,6 +446,12 @@ def test_memory_of_the_lora_paper(call):
         (["generate", "x", "--adapter", "no/adapter"], "no/adapter"),
         (["generate", "", "--raw"], "a prompt is empty"),
         (["generate", "x", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "x", "--top-k", "0"], "top_k is 0, needed at least 1"),
+        (["generate", "x", "--top-p", "1.5"], "top_p is 1.5, needed 0 < top_p <= 1"),
+        (["generate", "x", "--max-new-tokens", "-1"], "max_new_tokens is -1, needed 0 or more"),
+        (["generate", "x", "--raw", "--max-new-tokens", "-100"], "max_new_tokens is -100"),
+        (["chat", "--temperature", "0", "--top-p", "0"], "top_p is 0.0"),
+        (["chat", "--max-new-tokens", "-5"], "max_new_tokens is -5"),
         (["memory", "--model", "8B"], "8B: found nothing there"),
         (["memory", "--target-modules", "nothing", "--method", "lora"], "'nothing' matches no linear layer"),
     ],

@@ -1,4 +1,4 @@
-"""No network, one thread, and a small tokenizer."""
+"""No network, one thread, a small tokenizer, and what the fuzzed readers did."""
 
 import os
 
@@ -10,6 +10,17 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """With MINIFT_FUZZ: the counts of this process, so without xdist."""
+    from fuzzing import COUNTS, report
+
+    if "MINIFT_FUZZ" in os.environ and COUNTS:
+        failed = len(terminalreporter.getreports("failed"))
+        terminalreporter.section("fuzzed readers")
+        terminalreporter.write_line(report())
+        terminalreporter.write_line(f"anything else: {failed or 'never'}")
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_folders(tmp_path):
     with atomic_folder(tmp_path / "deep" / "m") as new:
         (new / "a").write_text("1")
         assert not (tmp_path / "deep" / "m").exists()
-    assert names(tmp_path / "deep") == ["m"] and names(tmp_path / "deep" / "m") == ["a"]
+    assert names(tmp_path / "deep") == ["m"] and names(tmp_path / "deep" / "m") == ["SHA256SUMS", "a"]
     with (
         pytest.raises(FormatError, match="m: found a folder that is not empty"),
         atomic_folder(tmp_path / "deep" / "m"),
@@ -88,11 +88,11 @@ def test_folders(tmp_path):
     with atomic_folder(tmp_path / "deep" / "m", overwrite=True) as new:
         (new / "a").write_text("2")
         (new / "b").write_text("2")
-    assert names(tmp_path / "deep") == ["m"] and names(tmp_path / "deep" / "m") == ["a", "b"]
+    assert names(tmp_path / "deep") == ["m"] and names(tmp_path / "deep" / "m") == ["SHA256SUMS", "a", "b"]
     (tmp_path / "empty").mkdir()
     with atomic_folder(tmp_path / "empty") as new:
         (new / "c").write_text("3")
-    assert names(tmp_path / "empty") == ["c"] and names(tmp_path) == ["deep", "empty"]
+    assert names(tmp_path / "empty") == ["SHA256SUMS", "c"] and names(tmp_path) == ["deep", "empty"]
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="file: found a file"), atomic_folder(tmp_path / "file", overwrite=True):
         pass

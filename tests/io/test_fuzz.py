@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
-from fuzzing import COUNTS, assert_same, damaged, edited, examples, outcome
+from fuzzing import assert_same, damaged, edited, examples, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
@@ -24,16 +24,18 @@ from minift.data.example import pair
 from minift.io import (
     FormatError,
     Tokenizer,
+    atomic,
+    checksum,
     load_adapter,
     load_mlx_adapter,
     load_model,
     load_tokenizer,
-    safetensors_file,
     save_adapter,
     save_mlx_adapter,
     save_model,
 )
 from minift.io.bitsandbytes4 import FP4_STATE, STATE
+from minift.io.checksum import SUMS
 from minift.io.safetensors_file import SafetensorsFile, to_bfloat16, write_safetensors
 from minift.models import llama
 from minift.models.llama import Config
@@ -48,14 +50,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 CONFIG = Config(16, 32, 32, 1, 2, 1, 16, 64, tie_word_embeddings=True)
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counts():
-    yield
-    if "MINIFT_FUZZ" in os.environ:
-        with open(os.environ.get("MINIFT_FUZZ_COUNTS", os.devnull), "a") as file:
-            file.writelines(f"{name} {said} {n}\n" for (name, said), n in sorted(COUNTS.items()))
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +88,19 @@ def join_safetensors(header, numbers, size=None):
     return struct.pack("<Q", len(header) if size is None else size) + header + numbers
 
 
+def unsigned(data):
+    """As other programs write it: without checksums, so that damage gets as far as the reader's other questions."""
+    header, numbers = split_safetensors(data)
+    del header["__metadata__"][checksum.ENTRY]
+    return join_safetensors(json.dumps(header), numbers)
+
+
 SIZES = st.none() | st.sampled_from([0, 1, 7, 100_000, 10_000_001, 2**31, 2**63, 2**64 - 1])
 
 
 @st.composite
 def damaged_safetensors(draw, data):
+    data = draw(st.sampled_from([data, unsigned(data), unsigned(data)]))
     header, numbers = split_safetensors(data)
     return draw(
         damaged(data)
@@ -145,6 +147,35 @@ def test_safetensors(place, data):
         write_safetensors(place / "again.safetensors", *found)
         again = SafetensorsFile(place / "again.safetensors")
         assert_same({name: again.read(name) for name in again.names()}, found[0])
+        assert again.metadata == (found[1] or {"format": "pt"})
+
+
+@st.composite
+def damaged_checksums(draw):
+    """The numbers as they were, and something wrong with their checksums, or with the file behind correct ones."""
+    header, numbers = split_safetensors(SAFETENSORS)
+    digests = draw(damaged_json(json.loads(header["__metadata__"][checksum.ENTRY])))
+    header["__metadata__"][checksum.ENTRY] = digests.decode("utf-8", "replace")
+    return join_safetensors(json.dumps(header), numbers)
+
+
+@examples(300)
+@given(data=damaged_checksums() | damaged(SAFETENSORS))
+def test_checksums(place, data):
+    """Refused, or to the bit what was written; or the entry itself has lost its name."""
+    path = place / "a.safetensors"
+    path.write_bytes(SAFETENSORS)
+    written = SafetensorsFile(path)
+    expected = {name: written.read(name) for name in written.names()}
+    path.write_bytes(data)
+
+    def read():
+        file = SafetensorsFile(path)
+        return {name: file.read(name) for name in file.names()}, file.metadata
+
+    if (found := outcome(read, path, len(data))) is not None and checksum.ENTRY.encode() in data:
+        assert_same(found[0], expected)
+        assert found[1] == written.metadata
 
 
 # --- models in folders ------------------------------------------------------------------------------------------------
@@ -329,8 +360,10 @@ MLX_WEIGHTS = "adapters.safetensors"
 
 
 def check_adapter(place, files, params):
-    size = fill(place / "a", files)
-    if (adapter := outcome(lambda: load_adapter(place / "a", params), place / "a", size)) is not None:
+    """`files` beside an empty list of checksums, unless they bring their own."""
+    warned = files.get(SUMS) not in (None, ADAPTERS[0][SUMS], ADAPTERS[1][SUMS])
+    size = fill(place / "a", files if warned else files | {SUMS: b""})
+    if (adapter := outcome(lambda: load_adapter(place / "a", params), place / "a", size, warned=warned)) is not None:
         save_adapter(place / "again_a", adapter, overwrite=True)
         again = load_adapter(place / "again_a", params)
         assert_same(again.arrays, adapter.arrays)
@@ -338,10 +371,18 @@ def check_adapter(place, files, params):
 
 
 def check_mlx_adapter(place, files, params):
-    size = fill(place / "x", MLX | files)
+    size = fill(place / "x", MLX | files | {SUMS: b""})
     if (adapter := outcome(lambda: load_mlx_adapter(place / "x", params), place / "x", size)) is not None:
         save_mlx_adapter(place / "again_x", adapter, overwrite=True)
         assert_same(load_mlx_adapter(place / "again_x", params).arrays, adapter.arrays)
+
+
+@examples(150)
+@given(sums=damaged(ADAPTER[SUMS]) | st.binary(max_size=99))
+def test_sums(place, sums):
+    """Whatever they say, the file beside them is read; at most there is a warning."""
+    check_adapter(place, ADAPTER | {SUMS: sums, ADAPTER_CONFIG: json.dumps(ADAPTER_CONFIGS[0]).encode()}, None)
+    assert load_adapter(place / "again_a").r == 2
 
 
 @examples(300)
@@ -613,7 +654,7 @@ def damaged_gguf(draw):
                     tensors[j][0] = draw(st.sampled_from(["output.weight", "blk.1.attn_q.weight", "", b"\xff"]))
                 elif how == "dims":
                     choices = [[], [0], [32], [*dims, 1], list(reversed(dims)), [2**32, 2**32], [10**12], [0, 2**62]]
-                    tensors[j][1] = draw(st.sampled_from([*choices, [1] * 70, [2**63, 2], [2**64 - 1], [dims[0], 0]]))
+                    tensors[j][1] = draw(st.sampled_from([*choices, [1] * 70, [2**63, 2], [2**64 - 1], [*dims[:1], 0]]))
                 elif how == "kind":
                     tensors[j][2] = draw(st.sampled_from([*range(42), 255, 2**32 - 1]))
                 elif how == "special":
@@ -661,7 +702,7 @@ CHECKPOINT = contents(save_checkpoint)[checkpoint.NAME]
 
 @st.composite
 def damaged_checkpoint(draw):
-    header, numbers = split_safetensors(CHECKPOINT)
+    header, numbers = split_safetensors(unsigned(CHECKPOINT))
     facts = draw(damaged_json(json.loads(header["__metadata__"]["minift"])))
     header["__metadata__"]["minift"] = facts.decode("utf-8", "replace")
     return join_safetensors(json.dumps(header), numbers)
@@ -670,6 +711,10 @@ def damaged_checkpoint(draw):
 @examples(300)
 @given(data=damaged_checkpoint() | damaged_safetensors(CHECKPOINT))
 def test_checkpoint(place, data):
+    check_checkpoint(place, data)
+
+
+def check_checkpoint(place, data):
     size = fill(place / "c", {checkpoint.NAME: data})
     path = place / "c" / checkpoint.NAME
     if (found := outcome(lambda: checkpoint.load(place / "c", IDENTITY, LIKE), path, size)) is not None:
@@ -724,7 +769,7 @@ def test_a_million_keys_take_no_more_than_a_moment(place):
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"])
 def test_a_config_of_a_trillion_is_refused_before_anything_is_made(place, key):
     values = CONFIGS[0] | {key: 10**12}
-    size = fill(place / "m", MODEL | {"config.json": json.dumps(values).encode()})
+    size = fill(place / "m", MODEL | {SUMS: b"", "config.json": json.dumps(values).encode()})
     assert outcome(lambda: load_model(place / "m"), place / "m", size, times=2) is None
 
 
@@ -744,24 +789,23 @@ def test_json_of_any_depth(place, depth):
     for key in ("hidden_size", "rope_scaling", "vocab_size", "quantization_config"):
         size = fill(
             place / "m",
-            MODEL | {"config.json": json.dumps(CONFIGS[0] | {key: 0}).replace(": 0,", f": {deep},", 1).encode()},
+            MODEL
+            | {SUMS: b"", "config.json": json.dumps(CONFIGS[0] | {key: 0}).replace(": 0,", f": {deep},", 1).encode()},
         )
-        outcome(lambda: load_model(place / "m"), place / "m", size)
+        check_model(place / "m", place, size)
     for key in ("r", "target_modules", "init_lora_weights", "rank_pattern", "modules_to_save", "new"):
         values = json.dumps({**ADAPTER_CONFIGS[0], key: "HERE"}).replace('"HERE"', deep)
-        size = fill(place / "a", ADAPTER | {ADAPTER_CONFIG: values.encode()})
-        outcome(lambda: load_adapter(place / "a"), place / "a", size)
+        check_adapter(place, ADAPTER | {ADAPTER_CONFIG: values.encode()}, None)
     for key in ("eos_token", "chat_template"):
         values = json.dumps({key: "HERE"}).replace('"HERE"', deep)
         size = fill(place / "t", TOKENIZER | {"tokenizer_config.json": values.encode()})
-        outcome(lambda: load_tokenizer(place / "t"), place / "t", size)
+        check_tokenizer(place / "t", place, size)
     size = fill(place / "t", TOKENIZER | {"generation_config.json": f'{{"eos_token_id": {deep}}}'.encode()})
-    outcome(lambda: load_tokenizer(place / "t"), place / "t", size)
+    check_tokenizer(place / "t", place, size)
     facts = json.dumps({"step": 1, "identity": "HERE", "best_loss": None}).replace('"HERE"', deep)
-    header, numbers = split_safetensors(CHECKPOINT)
+    header, numbers = split_safetensors(unsigned(CHECKPOINT))
     header["__metadata__"]["minift"] = facts
-    size = fill(place / "c", {checkpoint.NAME: join_safetensors(json.dumps(header), numbers)})
-    outcome(lambda: checkpoint.load(place / "c", IDENTITY, LIKE), place / "c", size)
+    check_checkpoint(place, join_safetensors(json.dumps(header), numbers))
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
@@ -787,16 +831,16 @@ def everything(folder):
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize(
-    "where", [(os, "fsync"), (os, "replace"), (os, "rename"), (safetensors_file, "serialize_file")]
+    "where", [(os, "fsync"), (os, "replace"), (os, "rename"), (atomic, "_exchange"), (checksum, "write_sums")]
 )
 def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, writer, where):
     """Whatever step fails: the files before, byte for byte, and nothing beside them."""
     WRITERS[writer](tmp_path)
     before = everything(tmp_path)
-    folders = ("model", "adapter", "mlx adapter")
-    used = {"serialize_file": (*folders, "checkpoint"), "rename": folders}
+    if where[1] == "rename":
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     monkeypatch.setattr(*where, full)
-    if writer in used.get(where[1], WRITERS):
+    if writer in ("model", "adapter", "mlx adapter") or where[1] in ("fsync", "replace"):
         with pytest.raises(OSError, match="No space left"):
             WRITERS[writer](tmp_path)
     assert everything(tmp_path) == before

@@ -7,7 +7,10 @@ import re
 
 import numpy as np
 import pytest
+import test_tokenizer as texts
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import assert_same_bits, numpy_state
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,16 +117,44 @@ def test_ids_are_those_of_transformers(ours, theirs):
     assert ours.stop_token_ids == (2,)
 
 
-def test_where_transformers_differs(ours, theirs):
+@pytest.fixture(scope="module")
+def right(theirs):
+    backend = copy.deepcopy(theirs.backend_tokenizer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return backend
+
+
+MISSING = bytes([0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2])  # of those that UTF-8 has, not in the vocabulary
+
+
+@given(text=texts.TEXTS)
+def test_any_text_comes_back(ours, right, text):
+    """But for bytes that the model does not know; they fall out, in the library too."""
+    ids = ours.encode(text)
+    assert ids == right.encode(text, add_special_tokens=False).ids
+    kept = text.encode().translate(None, MISSING).decode("utf-8", "replace")
+    assert ours.decode(ids) == right.decode(ids, skip_special_tokens=False) == texts.decoded_by_hand(ours, ids) == kept
+
+
+def test_the_bytes_that_the_model_does_not_know(ours):
+    known = {texts.bytes_of(t) for t, i in ours.backend.get_vocab().items() if i > 16}  # behind the special ones
+    never = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # in UTF-8
+    assert bytes(b for b in range(256) if bytes([b]) not in known) == bytes(sorted(MISSING + never))
+
+
+@given(ids=st.lists(st.integers(0, 49151), max_size=20))
+def test_any_ids_are_decoded_as_by_hand(ours, ids):
+    assert ours.decode(ids) == texts.decoded_by_hand(ours, ids)
+
+
+def test_where_transformers_differs(ours, theirs, right):
     """transformers 5.23 does not know the name "smollm" in a GGUF and cuts words as GPT-2 does. With the rule that the
     model was trained with (every digit by itself, first), it agrees with us on every text."""
     for text in ["a ½ b", "x²³ Ⅷ", "if x:\n    10", "1.  2"]:
         assert cut_elsewhere(text)
         assert ours.encode(text) != theirs.encode(text, add_special_tokens=False)
-    right = copy.deepcopy(theirs.backend_tokenizer)
-    right.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
     for text in [*TEXTS, *random_texts(300), "a ½ b", "x²³ Ⅷ ٣٤ ①②", "if x:\n    10"]:
         assert ours.encode(text) == right.encode(text, add_special_tokens=False).ids
 

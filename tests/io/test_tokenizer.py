@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minift.io import FormatError, Tokenizer, load_tokenizer
+from minift.io import TINY, FormatError, Tokenizer, load_tokenizer
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 PIECES = [
@@ -27,7 +27,16 @@ PIECES = [
     "👩‍👩‍👧",
     "'s",
     "\0",
-    "\u202e",
+    "\x01\x1b\x7f\x85",  # control characters
+    "\u202e",  # from here on right to left
+    "שָׁלוֹם مرحبا",
+    "e\u0301\u0327o\u0308",  # combining marks, which a normalizer would put together
+    "\u0301",
+    "\ufeff",
+    "\u2028",
+    "\ufffd",
+    "\U0010ffff\ufffe",
+    "🇫🇷🏴\U000e0067\U000e007f",
 ]
 TEXTS = st.one_of(st.text(CHARACTERS), st.lists(st.sampled_from(PIECES) | st.text(CHARACTERS, max_size=3)).map("".join))
 
@@ -37,12 +46,52 @@ def shared(bpe):
     return Tokenizer(tokenizers.Tokenizer.from_str(bpe), bos_token="<|im_start|>", eos_token="<|im_end|>")
 
 
+def bytes_of(token):
+    """By hand: GPT-2 writes a byte as the character of its number, or as the next one from 256 on if that is blank."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(b): b for b in printed}
+    table |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printed)}
+    return bytes(table[c] for c in token)
+
+
+def decoded_by_hand(tokenizer, ids):
+    """Bytes that are not UTF-8 become U+FFFD, as Unicode recommends: one for each sequence that could have gone on."""
+    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    parts = (tokenizer.backend.id_to_token(i) for i in ids)
+    return b"".join(t.encode() if i in special else bytes_of(t) for i, t in zip(ids, parts, strict=True)).decode(
+        "utf-8", "replace"
+    )
+
+
 # --- text ↔ ids -------------------------------------------------------------------------------------------------------
 
 
 @given(text=TEXTS)
 def test_decoding_gives_the_text_back(shared, text):
     assert shared.decode(shared.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+
+
+@given(text=TEXTS)
+def test_the_built_in_tokenizer_loses_nothing(tiny, raw, text):
+    """Against the library on the same file, and against bytes put together by hand."""
+    ids = tiny.encode(text)
+    assert ids == raw.encode(text, add_special_tokens=False).ids
+    assert tiny.decode(ids) == raw.decode(ids, skip_special_tokens=False) == decoded_by_hand(tiny, ids) == text
+
+
+@given(ids=st.lists(st.integers(0, 2047), max_size=20))
+def test_any_ids_are_decoded_as_by_hand(tiny, ids):
+    assert tiny.decode(ids) == decoded_by_hand(tiny, ids)
 
 
 def test_every_character_of_the_first_planes(shared):

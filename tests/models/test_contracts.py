@@ -4,6 +4,8 @@ If the shape of `y, vjp`, of a weight, or of the trunk were wrong for one method
 """
 
 import dataclasses
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -261,3 +263,36 @@ def test_the_frozen_model_has_no_gradient_and_its_bytes_do_not_change(rng, token
     y, vjp = llama.forward(params, tokens, CONFIG)
     assert vjp(rng.standard_normal(y.shape)) == {}
     assert all(isinstance(w, Frozen) and w.array.tobytes() == before[name] for name, w in params.items())
+
+
+SHAPES = """
+import numpy as np
+from minift.io import load_model
+from minift.models import llama
+config, params = load_model("tiny")
+for shape in ((5,), (0,), (2, 0), (1, 2, 3)):
+    try:
+        llama.forward(params, np.zeros(shape, np.int64), config)
+    except ValueError as error:
+        print(error)
+try:
+    llama.forward(params, np.zeros((1, 3)), config)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_inputs_of_another_shape_are_refused():
+    """As a user calls it: without the checker of signatures, which would refuse most of them here."""
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True)
+    shapes = ["(5,)", "(0,)", "(2, 0)", "(1, 2, 3)"]
+    needed = [f"the input has shape {shape}, needed (batch, tokens) with at least one token" for shape in shapes]
+    needed += ["the input has shape (1, 3), needed (batch, tokens, hidden_size) with at least one token"]
+    assert done.stdout.splitlines() == needed, done
+
+
+@pytest.mark.parametrize("token", [-1, CONFIG.vocab_size, 2**40])
+def test_tokens_outside_the_vocabulary_are_refused(rng, token):
+    """NumPy would wrap the first around."""
+    with pytest.raises(IndexError, match=rf"span .*{token}.*, the vocabulary is 0\.\.{CONFIG.vocab_size - 1}"):
+        llama.forward(model(rng), np.array([[1, token]]), CONFIG)

@@ -145,6 +145,10 @@ def test_the_errors_say_what_they_got():
     ):
         with pytest.raises(ValueError, match=message):
             probabilities(np.zeros((1, 3)), **settings)
+        with pytest.raises(ValueError, match=message):  # also where they would not be used
+            choose(np.zeros((1, 3)), **settings)
+    with pytest.raises(ValueError, match="max_new_tokens is -1, needed 0 or more"):
+        next(generation.stream(lambda text, lengths: np.zeros((1, 3)), np.zeros((1, 2), np.int64), -1))
 
 
 def test_float32_logits_are_tempered_in_float64(rng):
