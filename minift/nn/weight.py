@@ -155,12 +155,12 @@ def replace(params: Params, arrays: Arrays) -> dict[str, Any]:
 
 def add(total: Cotangent, part: Cotangent) -> Cotangent:
     """total + part, in place where there is a total."""
-    if total is None or part is None:
-        return part if total is None else total
-    if isinstance(total, dict):
-        return {name: add(array, part[name]) for name, array in total.items()}
-    total += part
-    return total
+    if isinstance(total, np.ndarray) and isinstance(part, np.ndarray):
+        total += part
+    elif isinstance(total, dict) and isinstance(part, dict):
+        for name, array in total.items():
+            array += part[name]
+    return part if total is None else total
 
 
 def times(factor: float, cotangent: Cotangent) -> Cotangent:

@@ -25,7 +25,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -82,25 +82,25 @@ def quantize(
     thresholds = midpoints(code)
     codes = np.empty(x.size, np.uint8)
     absmax = np.empty(block_count(x.size, block_size), np.float32)
-
-    def encode(elements, scaled):
-        codes[elements] = count_below(scaled, thresholds)
-
-    for_scaled_chunks(encode, x, block_size, absmax)
+    for_scaled_chunks(partial(_encode, codes, thresholds), x, block_size, absmax)
     return BlockwiseTensor(codes, absmax, code, x.shape, block_size)
 
 
 def dequantize(q: BlockwiseTensor, dtype: Any = None) -> Float[np.ndarray, "*shape"]:
     """x̂ = c_q · a: equation (3), rounded to float32 once, and once more to `dtype` if that is not float32."""
     x = np.empty(q.codes.size, np.float32)
-
-    def decode(elements, blocks, width):
-        q.code.take(q.codes[elements], out=x[elements], mode="clip")
-        rows = x[elements].reshape(-1, width)  # (blocks, width), a view
-        rows *= q.absmax[blocks, None]
-
-    on_all_cores(decode, chunks(x.size, q.block_size))
+    on_all_cores(partial(_decode, q, x), chunks(x.size, q.block_size))
     return x.reshape(q.shape).astype(dtype or np.float32, copy=False)
+
+
+def _encode(codes: np.ndarray, thresholds: np.ndarray, elements: slice, scaled: np.ndarray) -> None:
+    codes[elements] = count_below(scaled, thresholds)
+
+
+def _decode(q: BlockwiseTensor, x: np.ndarray, elements: slice, blocks: slice, width: int) -> None:
+    q.code.take(q.codes[elements], out=x[elements], mode="clip")
+    rows = x[elements].reshape(-1, width)  # (blocks, width), a view
+    rows *= q.absmax[blocks, None]
 
 
 def round_trip_error(x: Float[np.ndarray, "*shape"], code: Float32[np.ndarray, " entries"], block_size: int) -> float:
@@ -195,19 +195,20 @@ def for_scaled_chunks(
     absmax: Float32[np.ndarray, " blocks"],
 ) -> None:
     """Equation (1) and the product in (2), chunk by chunk: fills `absmax`, calls `encode(elements, x · (1/a))`."""
-    flat = x.reshape(-1)
+    on_all_cores(partial(_scale, encode, x, x.reshape(-1), absmax), chunks(x.size, block_size))
 
-    def scale_and_encode(elements, blocks, width):
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused as such
-            rows = flat[elements].astype(np.float32, copy=False).reshape(-1, width)  # (blocks, width)
-        magnitude = np.abs(rows)
-        scale = np.max(magnitude, axis=1, out=absmax[blocks])
-        if not np.isfinite(scale).all():
-            refuse_non_finite(x)
-        inverse = 1 / np.maximum(scale, TINY)
-        encode(elements, np.multiply(rows, inverse[:, None], out=magnitude).reshape(-1))
 
-    on_all_cores(scale_and_encode, chunks(flat.size, block_size))
+def _scale(
+    encode: Callable, x: np.ndarray, flat: np.ndarray, absmax: np.ndarray, elements: slice, blocks: slice, width: int
+) -> None:
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused as such
+        rows = flat[elements].astype(np.float32, copy=False).reshape(-1, width)  # (blocks, width)
+    magnitude = np.abs(rows)
+    scale = np.max(magnitude, axis=1, out=absmax[blocks])
+    if not np.isfinite(scale).all():
+        refuse_non_finite(x)
+    inverse = 1 / np.maximum(scale, TINY)
+    encode(elements, np.multiply(rows, inverse[:, None], out=magnitude).reshape(-1))
 
 
 def refuse_non_finite(x: np.ndarray) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any, Protocol, runtime_checkable
 
@@ -150,30 +151,29 @@ def quantize(w: Float[np.ndarray, "*shape"], block_size: int = 64) -> NF4Tensor:
     check_block_size(block_size)
     codes = np.empty((w.size + 1) // 2, np.uint8)
     absmax = np.empty(blockwise.block_count(w.size, block_size), np.float32)
-
-    def encode(elements, scaled):
-        pairs = pack(blockwise.count_below(scaled, MIDPOINTS))
-        codes[elements.start // 2 : elements.start // 2 + pairs.size] = pairs  # a chunk starts at an even element
-
-    blockwise.for_scaled_chunks(encode, w, block_size, absmax)
+    blockwise.for_scaled_chunks(partial(_encode, codes), w, block_size, absmax)
     return NF4Tensor(codes, absmax, w.shape, block_size)
+
+
+def _encode(codes: np.ndarray, elements: slice, scaled: np.ndarray) -> None:
+    pairs = pack(blockwise.count_below(scaled, MIDPOINTS))
+    codes[elements.start // 2 : elements.start // 2 + pairs.size] = pairs  # a chunk starts at an even element
 
 
 def dequantize(q: NF4Tensor, dtype: Any = None) -> Float[np.ndarray, "*shape"]:
     """ŵ = c_q · a, rounded to float32 once, and once more to `dtype` if that is not float32 (the default).
 
     One look-up gives both numbers of a byte: a pair of float32 is moved as one 8-byte word."""
-    scales = q.scales()
     w = np.empty(2 * q.codes.size, np.float32)
-
-    def decode(elements, blocks, width):
-        first, last = elements.start // 2, (elements.stop + 1) // 2
-        _WORDS.take(q.codes[first:last], out=w[2 * first : 2 * last].view(np.uint64), mode="clip")
-        rows = w[elements].reshape(-1, width)  # (blocks, width), a view
-        rows *= scales[blocks, None]
-
-    on_all_cores(decode, blockwise.chunks(q.size, q.block_size))
+    on_all_cores(partial(_decode, q.codes, q.scales(), w), blockwise.chunks(q.size, q.block_size))
     return w[: q.size].reshape(q.shape).astype(dtype or np.float32, copy=False)
+
+
+def _decode(codes: np.ndarray, scales: np.ndarray, w: np.ndarray, elements: slice, blocks: slice, width: int) -> None:
+    first, last = elements.start // 2, (elements.stop + 1) // 2
+    _WORDS.take(codes[first:last], out=w[2 * first : 2 * last].view(np.uint64), mode="clip")
+    rows = w[elements].reshape(-1, width)  # (blocks, width), a view
+    rows *= scales[blocks, None]
 
 
 def pack(codes: UInt8[np.ndarray, " n"]) -> UInt8[np.ndarray, " bytes"]:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from minift.models import llama
+from minift.nn.attention import TILE
+from minift.nn.losses import ROWS
 from minift.peft.lora import trainable_parameters
 from minift.peft.targets import NOT_LINEAR, targets
 from minift.quant.double_quant import overhead_bits
@@ -111,21 +113,23 @@ def bill(
 def activations(config: llama.Config, batch_size: int, seq_len: int, recompute: bool = False) -> int:
     """Numbers that the pullbacks of one pass keep.
 
-    For each token of a block: what the two norms and their outputs hold (4 d), queries and their context (2 H·d_h),
-    keys and values (2 G·d_h), a row of attention weights for each head (H·T), and gate, up, σ(gate) and their product
-    (4 f). With recomputation only a block's input, d, and one whole block at a time. Behind the last block: its norm
-    (2 d), and logits, their logarithms and gradient (3 V)."""
+    For each token of a block: what the two norms and their outputs hold (4 d), queries and their context, by tiles
+    and joined (3 H·d_h), keys and values (2 G·d_h), a row of attention weights for each head (H times half of T, as
+    what lies ahead is not formed), and gate, up, σ(gate) and their product (4 f). With recomputation only a block's
+    input, d, and one whole block at a time. Behind the last block: its norm and the loss's gradient (3 d), and for
+    some rows at a time logits, their exponentials and gradient (3 V)."""
     heads = config.num_attention_heads
     block = (
         4 * config.hidden_size
-        + 2 * heads * config.head_dim
+        + 3 * heads * config.head_dim
         + 2 * config.num_key_value_heads * config.head_dim
-        + heads * seq_len
+        + heads * min(seq_len, (seq_len + TILE) // 2)
         + 4 * config.intermediate_size
     )
     layers = config.num_hidden_layers
     per_token = layers * config.hidden_size + block if recompute else layers * block
-    return batch_size * seq_len * (per_token + 2 * config.hidden_size + 3 * config.vocab_size)
+    tokens = batch_size * seq_len
+    return tokens * (per_token + 3 * config.hidden_size) + min(tokens, ROWS) * 3 * config.vocab_size
 
 
 def lora_paper() -> list[dict[str, Any]]:
