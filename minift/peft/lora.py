@@ -13,7 +13,8 @@ it (the paper says Gaussian). mlx-lm calls s itself `scale` and stores both matr
 
 Adapters are values. `attach` puts a fresh one on a model, `detach` takes it off as an `Adapter`, `insert` puts that on
 again, or another one, on the same base: switching copies no weights. `mix` adds several up by concatenating their
-ranks, which is exact. `merge` forms W' once and for all.
+ranks, which is exact. `merge` forms W' once and for all. Layers may differ in rank and in α, and a weight that no
+difference of low rank suits, a head or a norm, may learn in full beside them (`Tuned`).
 """
 
 from __future__ import annotations
@@ -296,7 +297,8 @@ def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
                 f"{adapter.modules_to_save[0]} was trained in full: that is a weight, not a difference, and does not "
                 "add up; merge this adapter into the base and mix the others"
             )
-    if len({adapter.over_nf4 for adapter, _ in parts}) > 1:
+    bases = {adapter.over_nf4 for adapter, _ in parts}
+    if len(bases) > 1:
         raise ValueError(
             "some of the adapters were learned over NF4 weights and some over the original ones, needed one base; "
             "if you mean to mix them, say which with dataclasses.replace(adapter, over_nf4=...)"
@@ -317,7 +319,7 @@ def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
         r,
         lora_alpha=float(r),
         target_modules=tuple(sorted({target for adapter, _ in parts for target in adapter.target_modules})),
-        over_nf4=parts[0][0].over_nf4,
+        over_nf4=bases.pop(),
         alpha_pattern={path: float(rank) for path, rank in ranks.items() if rank != r},
     )
 

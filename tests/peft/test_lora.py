@@ -412,7 +412,7 @@ def test_mix_keeps_to_one_base(params, rng):
     over_nf4 = dataclasses.replace(adapter, over_nf4=True)
     assert lora.mix([(over_nf4, 1.0), (over_nf4, 2.0)]).over_nf4
     assert not lora.mix([(adapter, 1.0)]).over_nf4
-    with pytest.raises(ValueError, match=r"some .* over NF4 weights .* dataclasses.replace\(adapter, over_nf4"):
+    with pytest.raises(ValueError, match=r"some .* over NF4 weights .*replace\(adapter, over_nf4=\.\.\.\)$"):
         lora.mix([(over_nf4, 1.0), (adapter, 1.0)])
 
 
