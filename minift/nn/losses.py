@@ -78,7 +78,7 @@ def linear_cross_entropy(
     is formed along with the value, while a few rows' logits are at hand (Hsu et al. 2024, arXiv 2410.10989, §3.2).
     With `recompute` it is formed in the pullback, from logits computed again: for evaluation, where no one calls it.
     """
-    n = float(max(np.count_nonzero(labels != IGNORE_INDEX), 1)) if normalizer is None else normalizer
+    n = float(max(int((labels != IGNORE_INDEX).sum()), 1)) if normalizer is None else normalizer
     parts = [slice(first, first + ROWS) for first in range(0, len(x), ROWS)]
 
     def gradient():

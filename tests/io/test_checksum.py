@@ -180,6 +180,25 @@ def test_views_and_other_byte_orders_are_written_as_they_read(tmp_path):
         write_safetensors(tmp_path / "f", {"c": np.ones(2, complex)})
 
 
+def test_other_libraries_pass_over_the_entry(tmp_path):
+    """transformers and PEFT load the numbers that stand in the files."""
+    import torch
+    from peft.utils.save_and_load import load_peft_weights
+    from transformers import AutoModelForCausalLM
+
+    fill(tmp_path / "m", MODEL)
+    fill(tmp_path / "a", ADAPTER)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    adapter = load_peft_weights(str(tmp_path / "a"), device="cpu")
+    for found, path in ((dict(model.named_parameters()), "m/model"), (adapter, "a/adapter_model")):
+        file = SafetensorsFile(tmp_path / f"{path}.safetensors")
+        with safe_open(file.path, "np") as opened:
+            assert "minift.sha256" in opened.metadata()
+        assert found.keys() == set(file.names())
+        for name, tensor in found.items():
+            assert tensor.detach().numpy().tobytes() == file.read(name).tobytes(), name
+
+
 # --- the files beside the tensors -------------------------------------------------------------------------------------
 
 
