@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minift.cli.common import answer, console, emit, for_inference, load_with_adapter
+from minift.cli.common import answer, console, emit, load_with_adapter
 from minift.data.example import Message
 from minift.io import load_tokenizer
+from minift.models import llama
 from minift.models.generation import check_settings
 
 
@@ -46,7 +47,7 @@ class Chat:
     def run(self) -> int:
         check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter)
-        tokenizer, ready = load_tokenizer(self.model), for_inference(params)
+        tokenizer, ready = load_tokenizer(self.model), llama.fuse(params)
         rng = np.random.default_rng(self.seed)
         start = [] if self.system is None else [Message("system", self.system)]
         messages = list(start)

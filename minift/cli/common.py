@@ -22,7 +22,7 @@ from minift.data.example import Example, Message
 from minift.data.templates import encode_all, encode_prompt, end_of_turn
 from minift.io import Tokenizer, atomic_write, load_adapter, load_model
 from minift.models import llama
-from minift.nn.weight import Frozen, Params, dense
+from minift.nn.weight import Params
 from minift.peft import lora, qlora
 
 
@@ -147,11 +147,6 @@ def put_on(params: Params, adapter: lora.Adapter, base: Base = "auto") -> dict[s
     would be another model. minift's own adapters say which they are (`auto`); of others the caller must know it."""
     over_nf4 = adapter.over_nf4 if base == "auto" else base == "nf4"
     return lora.insert(qlora.quantize(params) if over_nf4 else params, adapter)
-
-
-def for_inference(params: Params) -> dict[str, Any]:
-    """Every weight as one dense matrix: decoding reads each of them once a token, so none should be computed anew."""
-    return {name: Frozen(dense(weight)) for name, weight in params.items()}
 
 
 def warn_beyond(config: llama.Config, tokens: int, what: str) -> None:

@@ -20,7 +20,6 @@ from minift.cli.common import (
     batches_of,
     console,
     emit,
-    for_inference,
     modules,
     peak_memory_bytes,
     read_data,
@@ -31,13 +30,14 @@ from minift.data.batches import Encoded
 from minift.data.example import Example
 from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model
 from minift.models import llama
-from minift.nn.weight import Params, trainable
+from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Result, Settings, at_least, fit
 from minift.train.methods import Method, prepare
+from minift.train.parallel import side_by_side
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
 # what QLoRA (2e-4) and Alpaca (2e-5) used.
@@ -143,7 +143,7 @@ class Finetune:
         with Watcher(self.steps) as watch:
             result = fit(
                 params,
-                loss,
+                side_by_side(loss),
                 batches_of(data.train, self.batch_size, self.gradient_accumulation_steps, self.seed),
                 settings,
                 evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
@@ -212,12 +212,13 @@ class Finetune:
             base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
             save_adapter(self._result, lora.detach(result.params)[1], base, overwrite=True)
         else:
-            save_model(self._result, config, for_inference(result.params), tokenizer, overwrite=True)
+            dense_params = {name: dense(weight) for name, weight in result.params.items()}
+            save_model(self._result, config, dense_params, tokenizer, overwrite=True)
         return self._result
 
 
 def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
-    ready = for_inference(params)
+    ready = llama.fuse(params)
     texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
     return [_line(text) for text in texts]
 

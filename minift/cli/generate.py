@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from minift.cli.common import PROMPT_AND_ANSWER, answer, emit, for_inference, load_with_adapter, warn_beyond
+from minift.cli.common import PROMPT_AND_ANSWER, answer, emit, load_with_adapter, warn_beyond
 from minift.data.example import Message
 from minift.io import load_tokenizer
 from minift.models import llama
@@ -51,7 +51,7 @@ class Generate:
         check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter)
         tokenizer = load_tokenizer(self.model)
-        ready, rng = for_inference(params), np.random.default_rng(self.seed)
+        ready, rng = llama.fuse(params), np.random.default_rng(self.seed)
         options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.raw:
             tokens = np.array([tokenizer.encode(self.prompt)], np.int64)

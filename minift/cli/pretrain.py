@@ -24,6 +24,7 @@ from minift.peft import qlora
 from minift.train import sft
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Settings, at_least, fit
+from minift.train.parallel import side_by_side
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -128,7 +129,7 @@ class Pretrain:
         with Watcher(self.steps) as watch:
             result = fit(
                 params,
-                loss,
+                side_by_side(loss),
                 batches_of(train, self.batch_size, 1, self.seed),
                 settings,
                 evaluate=lambda p: held_out_loss(p, held_out, config),

@@ -8,6 +8,7 @@ from minift.data.batches import Encoded, count_labels, pad
 from minift.models import llama
 from minift.nn.weight import Params
 from minift.train import sft
+from minift.train.parallel import side_by_side
 
 
 def held_out_loss(params: Params, examples: Sequence[Encoded], config: llama.Config, batch_size: int = 16) -> float:
@@ -17,11 +18,12 @@ def held_out_loss(params: Params, examples: Sequence[Encoded], config: llama.Con
     """
     if not examples:
         raise ValueError("nothing to evaluate on: the held-out set is empty")
+    loss = side_by_side(lambda p, batch, normalizer, _: sft.loss(p, batch, config, normalizer, recompute=True))
     ordered = sorted(examples, key=lambda example: len(example[0]))
     total, labels = 0.0, 0
     for start in range(0, len(ordered), batch_size):
         batch = pad(ordered[start : start + batch_size])
-        value, _ = sft.loss(params, batch, config, normalizer=1.0, recompute=True)
+        value, _ = loss(params, batch, 1.0, 0)
         total += float(value)
         labels += count_labels(batch)
     return total / labels
