@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,7 @@ def _linears(params, name, fused, sizes, x, keys):
     One product where `fuse` has stacked them; `sizes` are the widths of the outputs."""
     if f"{name}{fused}.weight" in params:
         y, stacked_vjp = linear(x, params[f"{name}{fused}.weight"])
-        outputs = np.split(y, np.cumsum(sizes)[:-1], axis=-1)
+        outputs = [y[..., first:last] for first, last in pairwise(accumulate(sizes, initial=0))]
         return outputs, lambda *dys: (stacked_vjp(np.concatenate(dys, axis=-1))[0], [])
 
     weights = [f"{name}{module}.weight" for module in FUSED[fused]]

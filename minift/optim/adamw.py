@@ -96,11 +96,12 @@ class AdamW:
         if arrays.keys() != gradients.keys():
             raise KeyError(f"arrays and gradients differ in {sorted(arrays.keys() ^ gradients.keys())[:3]}")
         self.step += 1
+        for moments in (self.m, self.v):
+            moments.update({name: np.zeros_like(theta) for name, theta in arrays.items() if name not in moments})
         for name, theta in arrays.items():
-            m = self.m.setdefault(name, np.zeros_like(theta))
-            v = self.v.setdefault(name, np.zeros_like(theta))
             decay = self.weight_decay if theta.ndim >= 2 else 0.0
-            adamw_2(theta, gradients[name], m, v, self.step, learning_rate, self.beta1, self.beta2, self.eps, decay)
+            state = self.m[name], self.v[name], self.step
+            adamw_2(theta, gradients[name], *state, learning_rate, self.beta1, self.beta2, self.eps, decay)
 
     @property
     def nbytes(self) -> int:

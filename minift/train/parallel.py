@@ -19,8 +19,9 @@ import numpy as np
 from minift.data.batches import Batch, count_labels
 from minift.nn import threads as cores
 from minift.nn.dropout import fold_in
-from minift.nn.weight import Params, add
+from minift.nn.weight import Params, add, trainable
 
+LARGE = 1 << 28  # bytes of gradients
 Loss = Callable[[Params, Batch, float | None, int], tuple[np.floating, Callable]]
 
 
@@ -28,14 +29,17 @@ def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
     """The same loss, and up to the order of a sum the same gradient, with the rows shared out among `threads`.
 
     `threads` is by default what BLAS may use. Each part draws its own dropout. The parts depend on the batch and
-    `threads` only, and are added up in order: two runs on one machine agree in every bit. ValueError below one thread.
+    `threads` only, and are added up in order: two runs on one machine agree in every bit. Each thread has gradients of
+    its own, so where these are large (LARGE) nothing is shared out: then adding them up costs what was gained, and
+    memory besides. ValueError below one thread.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, needed at least 1")
 
     def shared(params, batch, normalizer, key):
         n = cores.count() if threads is None else threads
-        parts = share(batch, n)
+        learned = sum(array.nbytes for array in trainable(params).values())
+        parts = share(batch, n) if learned < LARGE else [batch]
         if len(parts) == 1:
             return loss(params, batch, normalizer, key)
         whole = float(max(count_labels(batch), 1)) if normalizer is None else normalizer
@@ -45,7 +49,9 @@ def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
 
         def vjp(dloss):
             with cores.side_by_side(n) as each:
-                return reduce(add, each(lambda pullback: pullback(dloss), pullbacks))
+                total, *others = each(lambda pullback: pullback(dloss), pullbacks)
+                list(each(lambda name: reduce(add, (part[name] for part in others), total[name]), total))
+                return total
 
         return sum(values), vjp
 
