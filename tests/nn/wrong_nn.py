@@ -474,6 +474,89 @@ ATTENTION = variants(
 )
 
 
+def _attention_in_tiles(
+    q,
+    k,
+    v,
+    visible,
+    *,
+    rows=2,
+    last_tile=True,
+    accumulate=True,
+    blank=0.0,
+    first_key=0,
+    last_key=0,
+    reach="all",
+    mask="own",
+    delta="y",
+    dy_by_total=True,
+    dv_by_total=True,
+    dq_scale=1,
+    dk_scale=0,
+    group="stacked",
+):
+    (B, H, T, d), G = q.shape, k.shape[1]
+    s, y, tiles = q.dtype.type(1 / math.sqrt(d)), np.zeros_like(q), []
+    starts = range(0, T, rows)
+    for first in starts if last_tile else starts[:-1]:
+        queries = slice(first, min(first + rows, T))
+        looks = {
+            "all": visible[:, queries].any((0, 1)),
+            "first row": visible[0, queries].any(0),
+            "first query": visible[:, queries][:, 0].any(0),
+            "last query": visible[:, queries][:, -1].any(0),
+        }
+        seen = np.flatnonzero(looks[reach])
+        start, stop = (seen[0], seen[-1] + 1) if seen.size else (0, 1)
+        keys = slice(min(start + first_key, stop - 1), max(stop - last_key, start + 1))
+        tall = (B, G, -1, d)
+        qs = q[:, :, queries].reshape(tall) * s
+        own = visible[:, queries, keys] if mask == "own" else visible[:, : queries.stop - first, keys]
+        see = np.broadcast_to(own[:, None, None], (B, G, H // G, *own.shape[1:]))
+        see = see.reshape(B, G, -1, own.shape[2]) if group == "stacked" else np.repeat(own[:, None], H // G, 2)
+        scores = np.where(see, qs @ k[:, :, keys].swapaxes(-1, -2), -np.inf).astype(q.dtype)
+        top = scores.max(-1, keepdims=True, initial=-np.inf)
+        e = np.exp(scores - np.where(np.isneginf(top), 0, top))
+        total = e.sum(-1, keepdims=True)
+        total = np.where(total == 0, 1, total)
+        raw = e @ v[:, :, keys]
+        y[:, :, queries] = (raw / total).reshape(B, H, -1, d)
+        tiles.append((queries, keys, qs, e, total, raw))
+
+    def vjp(dy):
+        dq, dk, dv = np.zeros_like(q), np.full_like(k, blank), np.full_like(v, blank)
+        for queries, keys, qs, e, total, raw in tiles:
+            g = dy[:, :, queries].reshape(qs.shape)
+            plain, g = g, g / (total if dy_by_total else 1)
+            inner = {"y": g * (raw / total), "raw": g * raw, "plain": plain * (raw / total), "none": 0 * g}[delta]
+            ds = e * (g @ v[:, :, keys].swapaxes(-1, -2) - inner.sum(-1, keepdims=True))
+            dq[:, :, queries] = (ds @ k[:, :, keys] * s**dq_scale).reshape(B, H, -1, d)
+            parts = ds.swapaxes(-1, -2) @ qs * s**dk_scale, e.swapaxes(-1, -2) @ (g if dv_by_total else plain)
+            for whole, part in zip((dk, dv), parts, strict=True):
+                whole[:, :, keys] = whole[:, :, keys] + part if accumulate else part
+        return dq, dk, dv
+
+    return y, vjp
+
+
+ATTENTION_IN_TILES = variants(
+    _attention_in_tiles,
+    last_tile=False,
+    accumulate=False,
+    blank=1e-3,  # what happens to lie in memory
+    first_key=1,
+    last_key=1,
+    reach=("first row", "first query", "last query"),
+    mask="first tile's",
+    delta=("raw", "plain", "none"),
+    dy_by_total=False,
+    dv_by_total=False,
+    dq_scale=(0, 2),
+    dk_scale=(1, -1),
+    group="interleaved",
+)
+
+
 # --- the feed-forward block -------------------------------------------------------------------------------------------
 
 
