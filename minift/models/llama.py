@@ -283,6 +283,7 @@ def backbone(
         if layer >= lowest and cache is None:
             pullbacks[layer] = _again(run, layer, x) if recompute else block_vjp
         x = y
+        del block_vjp  # where it is not kept, its activations should not wait for the next block's
     hidden, norm_vjp = rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
     if cache is not None:
         cache.advance(np.full(len(x), x.shape[1]) if lengths is None else lengths)

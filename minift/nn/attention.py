@@ -102,9 +102,9 @@ def attention_2(
         dq = dscores @ k
         dq *= scale
         dk = dscores.swapaxes(-1, -2) @ q_scaled
-        return dq.reshape(q.shape), dk, dv
+        return dq.reshape(batch, heads, tokens, d), dk, dv
 
-    return y.reshape(q.shape), vjp
+    return y.reshape(batch, heads, tokens, d), vjp
 
 
 TILE = 64  # queries: E of a tile stays in the cache of one core
@@ -138,7 +138,7 @@ def attention_3(
         tiles.append((queries, keys, tile_vjp))
 
     def vjp(dy):
-        dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+        dq, dk, dv = np.empty_like(dy), np.zeros_like(k), np.zeros_like(v)
         for queries, keys, tile_vjp in tiles:
             dq[:, :, queries], dk_tile, dv_tile = tile_vjp(dy[:, :, queries])
             dk[:, :, keys] += dk_tile  # the same keys are seen from several tiles

@@ -79,7 +79,7 @@ def linear_cross_entropy(
     With `recompute` it is formed in the pullback, from logits computed again: for evaluation, where no one calls it.
     """
     n = float(max(int((labels != IGNORE_INDEX).sum()), 1)) if normalizer is None else normalizer
-    parts = [slice(first, first + ROWS) for first in range(0, len(x), ROWS)]
+    parts = [slice(first, first + ROWS) for first in range(0, max(len(x), 1), ROWS)]  # one, if there are no rows
 
     def gradient():
         total, dx, dweight = x.dtype.type(0), np.empty_like(x), None
@@ -99,6 +99,7 @@ def linear_cross_entropy(
 
     def vjp(dloss):
         _, dx_, dweight_ = gradient() if recompute else (loss, dx, dweight)
-        return dx_ * x.dtype.type(dloss), times(dloss, dweight_)
+        factor = x.dtype.type(dloss)
+        return dx_ * factor, times(factor, dweight_)
 
     return loss, vjp

@@ -163,7 +163,7 @@ def add(total: Cotangent, part: Cotangent) -> Cotangent:
     return part if total is None else total
 
 
-def times(factor: float, cotangent: Cotangent) -> Cotangent:
+def times(factor: float | np.floating, cotangent: Cotangent) -> Cotangent:
     """factor · cotangent, in the cotangent's own type."""
     if cotangent is None or isinstance(cotangent, np.ndarray):
         return None if cotangent is None else cotangent * cotangent.dtype.type(factor)

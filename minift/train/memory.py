@@ -5,9 +5,9 @@
     lora        weights                       + adapters, their gradients and optimizer state
     qlora       4-bit weights and constants   + the same
 
-Activations are those that the pullbacks of `minift.models.llama` keep, the same for every method but for the part of
-the network that is not walked back through; the highest point of a real step lies within a fifth of them. Everything
-else is exact. Sizes in bytes; a GB is 10⁹ of them, as in the papers.
+Activations are what the pullbacks of `minift.models.llama` keep, and what is on its way at the highest point of a step,
+the same for every method but for the part of the network that is not walked back through; a real step lies within a
+tenth of them. Everything else is exact. Sizes in bytes; a GB is 10⁹ of them, as in the papers.
 """
 
 from __future__ import annotations
@@ -111,25 +111,32 @@ def bill(
 
 
 def activations(config: llama.Config, batch_size: int, seq_len: int, recompute: bool = False) -> int:
-    """Numbers that the pullbacks of one pass keep.
+    """Numbers at the highest point of a step.
 
-    For each token of a block: what the two norms and their outputs hold (4 d), queries and their context, by tiles
-    and joined (3 H·d_h), keys and values (2 G·d_h), a row of attention weights for each head (H times half of T, as
-    what lies ahead is not formed), and gate, up, σ(gate) and their product (4 f). With recomputation only a block's
-    input, d, and one whole block at a time. Behind the last block: its norm and the loss's gradient (3 d), and for
-    some rows at a time logits, their exponentials and gradient (3 V)."""
-    heads = config.num_attention_heads
-    block = (
-        4 * config.hidden_size
-        + 3 * heads * config.head_dim
-        + 2 * config.num_key_value_heads * config.head_dim
-        + heads * min(seq_len, (seq_len + TILE) // 2)
-        + 4 * config.intermediate_size
-    )
-    layers = config.num_hidden_layers
-    per_token = layers * config.hidden_size + block if recompute else layers * block
+    For each token the pullbacks of a block keep what the two norms and their outputs hold (4 d), queries and their
+    context, by tiles and joined (3 H·d_h), keys and values (2 G·d_h), a row of attention weights for each head (H times
+    half of T, as what lies ahead is not formed), and gate, up, σ(gate) and their product (4 f). Behind the last block
+    there are its norm, what enters the loss, and the gradients of these (5 d).
+
+    What is on its way comes on top. In the loss, for some rows at a time: logits, their exponentials and gradient
+    (3 V). In the pullback of a block the larger of two: through the MLP three cotangents (3 f) and three of x (3 d);
+    through attention two of x (2 d), those of context, queries, keys and values (2 H·d_h, 2 G·d_h), and for a tile its
+    scores' and a second dk and dv (H times the tile, 2 G·d_h).
+
+    With recomputation all blocks keep their input only (d each), and the loss comes when no whole block is there."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    block = 4 * d + 3 * queries + 2 * keys + heads * min(seq_len, (seq_len + TILE) // 2) + 4 * f
+    through_mlp = 3 * f + 3 * d
+    through_attention = 2 * d + 2 * queries + 4 * keys + heads * min(seq_len, TILE)
+    on_the_way = max(through_mlp, through_attention)
     tokens = batch_size * seq_len
-    return tokens * (per_token + 3 * config.hidden_size) + min(tokens, ROWS) * 3 * config.vocab_size
+    in_the_loss = min(tokens, ROWS) * 3 * config.vocab_size
+    if recompute:
+        kept, highest = config.num_hidden_layers * d + 5 * d, max(tokens * (block + on_the_way), in_the_loss)
+    else:
+        kept, highest = config.num_hidden_layers * block + 5 * d, max(tokens * on_the_way, in_the_loss)
+    return tokens * kept + highest
 
 
 def lora_paper() -> list[dict[str, Any]]:

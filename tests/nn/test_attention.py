@@ -1,6 +1,7 @@
 """Attention, its mask and its cache: loops, torch, bounds, the laws that know each classic mistake, wrong versions."""
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from minift.conformance.ball import Ball
 from minift.conformance.bounds import gamma
 from minift.conformance.gradients import check_vjp
+from minift.nn import attention as module
 from minift.nn.attention import KVCache, attention, attention_1, attention_2, attention_3, causal_mask
 from nn import checks
 
@@ -24,7 +26,19 @@ CASES = [
     (5, 1, 6, 3, 4, 4, 4, "all"),
     (6, 3, 2, 2, 1, 1, 1, "causal"),
     (7, 1, 4, 2, 0, 3, 2, "causal"),
+    (8, 2, 4, 2, 1, 6, 3, "causal"),  # a token that is generated
+    (9, 2, 4, 2, 7, 7, 3, "packed"),
+    (10, 2, 4, 2, 7, 9, 3, "packed"),  # a prefix of two keys, which belongs to every text
 ]
+
+
+def tiled(q, k, v, visible):
+    """`attention_3` in tiles of two queries, so that a handful of tokens has several tiles, the last one not full."""
+    with patch.object(module, "TILE", 2):
+        return attention_3(q, k, v, visible)
+
+
+FORMS = (attention_1, attention_2, tiled)
 
 
 def make(case):
@@ -34,6 +48,9 @@ def make(case):
     visible = np.broadcast_to(np.arange(S) <= np.arange(S - T, S)[:, None], (B, T, S)).copy()
     if kind == "all":
         visible[:] = True
+    elif kind == "packed":
+        segments = (np.arange(T) + np.arange(B)[:, None]) // 3  # each row is cut elsewhere
+        visible[:, :, S - T :] &= segments[:, :, None] == segments[:, None]
     elif kind != "causal":
         visible &= rng.random((B, T, S)) < 0.6
         visible[..., 0] |= ~visible.any(-1)
@@ -43,30 +60,57 @@ def make(case):
 
 
 def oracle_for(visible):
-    """Equations (1) and (2) of `attention_2` with one key/value head a query head."""
+    """A ball for each result that holds both forms: they round at different places, so the larger radius counts."""
 
     def oracle(dtype, dy, q, k, v):
-        B, H, _, d = q.shape
-        group = H // k.shape[1]
+        d = q.shape[-1]
         scale, see = 1 / math.sqrt(d), visible[:, None]
-
-        def fold(x):  # cotangents of one key/value head add up
-            return x.reshape(B, -1, group, *x.value.shape[2:]).sum(2).reshape(*k.shape)
-
-        q, dy = Ball(q, dtype), Ball(dy, dtype)
-        k_, v_ = (Ball(np.repeat(x, group, axis=1), dtype) for x in (k, v))
-        scores = q @ k_.T * scale
-        hidden = np.where(see, scores.value, -np.inf).max(-1, keepdims=True)
-        top = Ball(np.where(np.isneginf(hidden), 0, hidden), dtype, scores.radius.max(-1, keepdims=True))
-        e = (scores - top).where(see).exp().where(see)
-        total = e.sum(-1)
-        empty = ~see.any(-1, keepdims=True)
-        p = e / (total + Ball(np.broadcast_to(empty, total.value.shape), dtype))
-        dp = dy @ v_.T
-        dscores = p * (dp - (p * dp).sum(-1)) * scale
-        return p @ v_, dscores @ k_, fold(dscores.T @ q), fold(p.T @ dy)
+        stacked = see if see.shape[0] == len(q) else np.broadcast_to(see, (len(q), *see.shape[1:]))
+        stacked = np.broadcast_to(stacked, (*q.shape[:3], k.shape[2])).reshape(len(q), k.shape[1], -1, k.shape[2])
+        found = _probabilities(dtype, dy, q, k, v, scale, see), _exponentials(dtype, dy, q, k, v, scale, stacked)
+        return tuple(Ball(a.value, dtype, np.maximum(a.radius, b.radius)) for a, b in zip(*found, strict=True))
 
     return oracle
+
+
+def _probabilities(dtype, dy, q, k, v, scale, see):
+    """Equations (1) and (2) of `attention_3` with one key/value head a query head: what `attention_1` computes."""
+    B, H = q.shape[:2]
+    group = H // k.shape[1]
+
+    def fold(x):  # cotangents of one key/value head add up
+        return x.reshape(B, -1, group, *x.value.shape[2:]).sum(2).reshape(*k.shape)
+
+    q, dy = Ball(q, dtype), Ball(dy, dtype)
+    k_, v_ = (Ball(np.repeat(x, group, axis=1), dtype) for x in (k, v))
+    e, total = _softmax(q @ k_.T * scale, see)
+    p = e / total
+    dp = dy @ v_.T
+    dscores = p * (dp - (p * dp).sum(-1)) * scale
+    return p @ v_, dscores @ k_, fold(dscores.T @ q), fold(p.T @ dy)
+
+
+def _exponentials(dtype, dy, q, k, v, scale, see):
+    """Equations (3) and (4) of `attention_2`, the heads of a group stacked: a sum over tiles is in another order."""
+    shape = q.shape
+    q, dy = (Ball(x, dtype).reshape(*see.shape[:3], shape[-1]) for x in (q, dy))
+    k, v = Ball(k, dtype), Ball(v, dtype)
+    q = q * scale
+    e, total = _softmax(q @ k.T, see)
+    y = e @ v / total
+    dy = dy / total
+    dscores = e * (dy @ v.T - (dy * y).sum(-1))
+    return y.reshape(*shape), (dscores @ k * scale).reshape(*shape), dscores.T @ q, e.T @ dy
+
+
+def _softmax(scores, see):
+    """exp(scores − their maximum) where visible, and its sums; those of a row that sees nothing are one."""
+    hidden = np.where(see, scores.value, -np.inf).max(-1, keepdims=True)
+    top = Ball(np.where(np.isneginf(hidden), 0, hidden), scores.dtype, scores.radius.max(-1, keepdims=True))
+    e = (scores - top).where(see).exp().where(see)
+    total = e.sum(-1)
+    empty = ~see.any(-1, keepdims=True)
+    return e, total + Ball(np.broadcast_to(empty, total.value.shape), scores.dtype)
 
 
 # --- properties: op(q, k, v, visible) ---------------------------------------------------------------------------------
@@ -235,13 +279,13 @@ PROPERTIES = (
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("holds", PROPERTIES)
-@pytest.mark.parametrize("op", [attention_1, attention_2, attention_3])
+@pytest.mark.parametrize("op", FORMS)
 def test_attention(op, holds, case):
     holds(op, case)
 
 
 def test_attention_kill_matrix():
-    killed = checks.kill_matrix(PROPERTIES, wrong_nn.ATTENTION, CASES)
+    killed = checks.kill_matrix(PROPERTIES, wrong_nn.ATTENTION + wrong_nn.ATTENTION_IN_TILES, CASES)
     for law, wrong in {
         "the_future_changes_no_bit": ("mask=0", "mask=none", "look=1"),
         "no_question_is_the_mean": ("mask=0", "drop_key=True", "look=1"),
@@ -266,19 +310,89 @@ def cases(draw):
 
 
 @given(cases(), st.sampled_from((checks.contiguous, *checks.LAYOUTS)), st.sampled_from(checks.DTYPES))
-def test_any_shape_and_layout_and_both_forms(case, layout, dtype):
-    """Each form is within the bound, so the two are within twice the bound of each other."""
+def test_any_shape_and_layout_and_every_form(case, layout, dtype):
+    """Each form is within the bound, so two of them are within twice the bound of each other."""
     q, k, v, visible, dy, _ = make(case)
-    for op in (attention_1, attention_2):
+    for op in FORMS:
         checks.inside(lambda q, k, v, op=op: op(q, k, v, visible), oracle_for(visible), [q, k, v], dy, dtype, layout)
 
 
-def test_a_mask_for_all_sequences_at_once(rng):
+@pytest.mark.parametrize("op", FORMS[1:])
+def test_a_mask_for_all_sequences_at_once(op):
     q, k, v, visible, dy, _ = make(CASES[0])
-    (y, vjp), (shared, shared_vjp) = (attention(q, k, v, m) for m in (visible, visible[:1]))
+    (y, vjp), (shared, shared_vjp) = (op(q, k, v, m) for m in (visible, visible[:1]))
     checks.same_bits(shared, y, "y")
     for a, b in zip(shared_vjp(dy), vjp(dy), strict=True):
         checks.same_bits(a, b, "cotangent")
+
+
+# --- tiles: what no query of a tile sees is never touched -------------------------------------------------------------
+
+# before the text, the lengths of the texts in a row, and how many scores eight tokens need in tiles of two
+ROWS_OF_EIGHT = [
+    (0, [8], 2 * (2 + 4 + 6 + 8)),
+    (3, [8], 2 * (5 + 7 + 9 + 11)),
+    (0, [4, 4], 2 * (2 + 4 + 2 + 4)),
+    (0, [3, 5], 2 * (2 + 4 + 3 + 5)),  # the second tile looks at the end of one text and the beginning of the next
+]
+
+
+def row_of_eight(before, texts, rng):
+    q, dy = rng.standard_normal((2, 1, 4, 8, 3))
+    k, v = rng.standard_normal((2, 1, 2, before + 8, 3))
+    segments = np.repeat(np.arange(len(texts)), texts)[None]
+    return q, k, v, causal_mask(before + np.arange(8)[None], before + 8, segments), dy
+
+
+@pytest.mark.parametrize(("before", "texts", "scores"), ROWS_OF_EIGHT)
+def test_nothing_above_the_diagonal_is_computed(before, texts, scores, rng):
+    q, k, v, visible, _ = row_of_eight(before, texts, rng)
+    with patch.object(module, "attention_2", side_effect=attention_2) as calls:
+        tiled(q, k, v, visible)
+    sizes = [(call.args[0].shape[2], call.args[1].shape[2]) for call in calls.call_args_list]
+    assert len(sizes) == 4
+    assert sum(queries * keys for queries, keys in sizes) == scores
+
+
+@pytest.mark.parametrize(("before", "texts", "scores"), ROWS_OF_EIGHT)
+def test_not_a_number_beyond_the_reach_of_a_tile(before, texts, scores, rng):
+    """For each tile: NaN in every key and value that its queries do not reach. Its y and dq keep their bits."""
+    q, k, v, visible, dy = row_of_eight(before, texts, rng)
+    y, vjp = tiled(q, k, v, visible)
+    dq = vjp(dy)[0]
+    for first in range(0, 8, 2):
+        rows = slice(first, first + 2)
+        seen = np.flatnonzero(visible[0, rows].any(axis=0))
+        beyond = (np.arange(before + 8) < seen[0]) | (np.arange(before + 8) > seen[-1])
+        assert beyond.any() or first == 6
+        poisoned = (np.where(beyond[:, None], np.nan, x) for x in (k, v))
+        with np.errstate(invalid="ignore"):  # other tiles do see them
+            found, found_vjp = tiled(q, *poisoned, visible)
+            found_dq = found_vjp(dy)[0]
+        checks.same_bits(found[:, :, rows], y[:, :, rows], f"y of tile {first}")
+        checks.same_bits(found_dq[:, :, rows], dq[:, :, rows], f"dq of tile {first}")
+
+
+def test_keys_that_no_query_sees_are_not_read_and_get_nothing(rng):
+    """Slots of a cache behind the text, and before all of a packed row's texts: NaN there is not seen at all."""
+    q, k, v, visible, dy = row_of_eight(0, [4, 4], rng)
+    around = [(0, 0), (0, 0), (2, 3), (0, 0)]
+    wide = np.pad(visible, [(0, 0), (0, 0), (2, 3)])
+    y, vjp = tiled(q, *(np.pad(x, around, constant_values=np.nan) for x in (k, v)), wide)
+    expected, expected_vjp = tiled(q, k, v, visible)
+    checks.same_bits(y, expected, "y")
+    (dq, dk, dv), (dq_, dk_, dv_) = vjp(dy), expected_vjp(dy)
+    checks.same_bits(dq, dq_, "dq")
+    checks.same_bits(dk, np.pad(dk_, around), "dk")
+    checks.same_bits(dv, np.pad(dv_, around), "dv")
+
+
+def test_no_queries_at_all(rng):
+    q, k = np.zeros((1, 2, 0, 3), np.float32), rng.standard_normal((1, 1, 4, 3)).astype(np.float32)
+    y, vjp = attention_3(q, k, k, np.zeros((1, 0, 4), bool))
+    assert y.shape == q.shape
+    for found, like in zip(vjp(q), (q, k, k), strict=True):
+        checks.same_bits(found, np.zeros_like(like), "cotangent")
 
 
 # --- who sees whom ----------------------------------------------------------------------------------------------------

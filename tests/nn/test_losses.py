@@ -50,11 +50,13 @@ def oracle_for(labels, normalizer):
         onehot = (np.arange(logits.shape[-1]) == target) * 1.0
         x = Ball(logits, dtype)
         shifted = x - x.max()
-        log_p = shifted - shifted.exp().sum(-1).log()
+        e = shifted.exp()
+        total = e.sum(-1)
+        log_p = shifted - total.log()
         picked = Ball(np.take_along_axis(log_p.value, target, -1), dtype, np.take_along_axis(log_p.radius, target, -1))
         loss = -picked.where(counts[..., None]).sum() / n
-        factor = Ball(dloss, dtype) / n
-        dlogits = ((log_p.exp() - onehot) * factor).where(counts[..., None])
+        share = Ball(dloss, dtype) / n
+        dlogits = (e * (share / total) - onehot * share).where(counts[..., None])
         return loss.reshape(), dlogits
 
     return oracle
@@ -146,7 +148,7 @@ def rows_sum_to_zero_and_stay_small(op, case):
     v = logits.shape[-1]
     assert loss >= 0
     assert (np.abs(dlogits) <= 1 + bounds.gamma(v + 20, np.float64)).all()
-    # exp of log p, p_i (1 + (v + 20 + d_i) u): d is the distance from the maximum, up to e^-d d < 1 of which counts
+    # e / total is p_i (1 + (v + 20 + d_i) u): d is the distance from the maximum, up to e^-d d < 1 of which counts
     allowed = bounds.gamma(3 * v + 40, np.float64) * (1 + v)
     assert (np.abs(dlogits.sum(-1)) <= allowed).all()
     if (labels != IGNORE_INDEX).any():

@@ -9,11 +9,11 @@ import math
 import numpy as np
 
 from minift.nn.dropout import philox, uniform
-from minift.nn.linear import rows
-from minift.nn.losses import IGNORE_INDEX
+from minift.nn.linear import linear, rows
+from minift.nn.losses import IGNORE_INDEX, cross_entropy
 from minift.nn.mlp import erf, sigmoid
 from minift.nn.rope import frequencies
-from minift.nn.weight import unwrap
+from minift.nn.weight import add, times, unwrap
 
 
 def variants(maker, **switches):
@@ -474,6 +474,89 @@ ATTENTION = variants(
 )
 
 
+def _attention_in_tiles(
+    q,
+    k,
+    v,
+    visible,
+    *,
+    rows=2,
+    last_tile=True,
+    accumulate=True,
+    blank=0.0,
+    first_key=0,
+    last_key=0,
+    reach="all",
+    mask="own",
+    delta="y",
+    dy_by_total=True,
+    dv_by_total=True,
+    dq_scale=1,
+    dk_scale=0,
+    group="stacked",
+):
+    (B, H, T, d), G = q.shape, k.shape[1]
+    s, y, tiles = q.dtype.type(1 / math.sqrt(d)), np.zeros_like(q), []
+    starts = range(0, T, rows)
+    for first in starts if last_tile else starts[:-1]:
+        queries = slice(first, min(first + rows, T))
+        looks = {
+            "all": visible[:, queries].any((0, 1)),
+            "first row": visible[0, queries].any(0),
+            "first query": visible[:, queries][:, 0].any(0),
+            "last query": visible[:, queries][:, -1].any(0),
+        }
+        seen = np.flatnonzero(looks[reach])
+        start, stop = (seen[0], seen[-1] + 1) if seen.size else (0, 1)
+        keys = slice(min(start + first_key, stop - 1), max(stop - last_key, start + 1))
+        tall = (B, G, -1, d)
+        qs = q[:, :, queries].reshape(tall) * s
+        own = visible[:, queries, keys] if mask == "own" else visible[:, : queries.stop - first, keys]
+        see = np.broadcast_to(own[:, None, None], (B, G, H // G, *own.shape[1:]))
+        see = see.reshape(B, G, -1, own.shape[2]) if group == "stacked" else np.repeat(own[:, None], H // G, 2)
+        scores = np.where(see, qs @ k[:, :, keys].swapaxes(-1, -2), -np.inf).astype(q.dtype)
+        top = scores.max(-1, keepdims=True, initial=-np.inf)
+        e = np.exp(scores - np.where(np.isneginf(top), 0, top))
+        total = e.sum(-1, keepdims=True)
+        total = np.where(total == 0, 1, total)
+        raw = e @ v[:, :, keys]
+        y[:, :, queries] = (raw / total).reshape(B, H, -1, d)
+        tiles.append((queries, keys, qs, e, total, raw))
+
+    def vjp(dy):
+        dq, dk, dv = np.zeros_like(q), np.full_like(k, blank), np.full_like(v, blank)
+        for queries, keys, qs, e, total, raw in tiles:
+            g = dy[:, :, queries].reshape(qs.shape)
+            plain, g = g, g / (total if dy_by_total else 1)
+            inner = {"y": g * (raw / total), "raw": g * raw, "plain": plain * (raw / total), "none": 0 * g}[delta]
+            ds = e * (g @ v[:, :, keys].swapaxes(-1, -2) - inner.sum(-1, keepdims=True))
+            dq[:, :, queries] = (ds @ k[:, :, keys] * s**dq_scale).reshape(B, H, -1, d)
+            parts = ds.swapaxes(-1, -2) @ qs * s**dk_scale, e.swapaxes(-1, -2) @ (g if dv_by_total else plain)
+            for whole, part in zip((dk, dv), parts, strict=True):
+                whole[:, :, keys] = whole[:, :, keys] + part if accumulate else part
+        return dq, dk, dv
+
+    return y, vjp
+
+
+ATTENTION_IN_TILES = variants(
+    _attention_in_tiles,
+    last_tile=False,
+    accumulate=False,
+    blank=1e-3,  # what happens to lie in memory
+    first_key=1,
+    last_key=1,
+    reach=("first row", "first query", "last query"),
+    mask="first tile's",
+    delta=("raw", "plain", "none"),
+    dy_by_total=False,
+    dv_by_total=False,
+    dq_scale=(0, 2),
+    dk_scale=(1, -1),
+    group="interleaved",
+)
+
+
 # --- the feed-forward block -------------------------------------------------------------------------------------------
 
 
@@ -589,6 +672,8 @@ def _cross_entropy(
     upcast=False,
     next_row=False,
     times_mask=False,
+    divided=True,
+    scaled_label=True,
 ):
     counts = labels != IGNORE_INDEX
     target = np.where(counts, labels, 0)
@@ -604,26 +689,27 @@ def _cross_entropy(
         n = normalizer
     n = logits.dtype.type(n)
     with np.errstate(all="ignore"):
-        shift = logits.max(-1, keepdims=True) if shifted else 0
-        e = np.exp(logits - shift)
-        log_p = logits - shift - np.log(e.sum(-1, keepdims=True))
+        moved = logits - (logits.max(-1, keepdims=True) if shifted else 0)
+        e = np.exp(moved)
+        total = e.sum(-1, keepdims=True)
+        nll = (np.log(total) - np.take_along_axis(moved, target[..., None], -1))[..., 0]
         if not natural:
-            log_p = log_p / logits.dtype.type(math.log(2))
-        nll = -np.take_along_axis(log_p, target[..., None], -1)[..., 0]
+            nll = nll / logits.dtype.type(math.log(2))
         kept = nll if ignored == "contribute" else np.where(counts, nll, 0)
         loss = (kept.sum() / n).astype(np.float64 if upcast else logits.dtype)
     out = logits if in_place else np.empty_like(logits)
 
     def vjp(dloss):
-        out[...] = np.exp(log_p)
-        if onehot:
-            np.put_along_axis(out, target[..., None], np.take_along_axis(out, target[..., None], -1) - 1, -1)
         g = logits.dtype.type(dloss) if upstream else logits.dtype.type(1)
         m = logits.dtype.type(own) if normalizer_used == "forward" else n
-        weight = g / m
+        share = g / m
+        out[...] = e * (share / (total if divided else 1))
+        if onehot:
+            np.put_along_axis(out, target[..., None], np.take_along_axis(out, target[..., None], -1) - share, -1)
+        if not scaled_label:
+            np.put_along_axis(out, target[..., None], np.take_along_axis(out, target[..., None], -1) + share - 1, -1)
         mask = np.ones_like(counts) if ignored_gradient == "contribute" else counts
-        scaled = out * weight
-        return scaled * mask[..., None] if times_mask else np.where(mask[..., None], scaled, 0).astype(logits.dtype)
+        return out * mask[..., None] if times_mask else np.where(mask[..., None], out, 0).astype(logits.dtype)
 
     return loss, vjp
 
@@ -644,6 +730,87 @@ CROSS_ENTROPY = variants(
     upcast=True,
     next_row=True,
     times_mask=True,
+    divided=False,
+    scaled_label=False,
+)
+
+
+def _linear_cross_entropy(
+    x,
+    weight,
+    labels,
+    normalizer=None,
+    *,
+    recompute=False,
+    rows_at_once=2,
+    count="labels",
+    short="kept",
+    empty="zeros",
+    dweight="sum",
+    dx="all",
+    value="sum",
+    dloss_in="both",
+    labels_of="chunk",
+    copies=True,
+    recomputed="the same",
+    upcast=False,
+    reuses=False,
+):
+    n = len(x) if count == "rows" else max(int((labels != IGNORE_INDEX).sum()), 1)
+    n = float(n) if normalizer is None or count == "ignored" else normalizer
+    starts = range(0, max(len(x), 1) if empty == "zeros" else len(x), rows_at_once)
+    if short == "dropped" and len(x) % rows_at_once:
+        starts = starts[:-1]
+
+    def gradient(in_pullback=False):
+        total, dx_, dw = x.dtype.type(0), np.zeros_like(x), None
+        for start in starts:
+            part = slice(start, start + rows_at_once)
+            own = labels[part] if labels_of == "chunk" else labels[: len(x[part])]
+            logits, linear_vjp = linear(x[part], weight)
+            divisor = None if count == "chunk" or (in_pullback and recomputed == "chunk") else n
+            loss, loss_vjp = cross_entropy(logits, own, divisor)
+            total = loss if value == "last" else total + loss
+            dx_part, dw_part, _ = linear_vjp(loss_vjp(1.0))
+            dx_[: len(dx_part)] = dx_part if dx == "first rows" else dx_[: len(dx_part)]
+            dx_[part] = dx_[part] if dx == "first rows" else dx_part
+            dw = dw_part if dweight == "last" or dw is None else add(dw, dw_part)
+        return total / (len(starts) or 1) if value == "mean" else total, dx_, dw
+
+    loss, dx_, dw = gradient()
+    loss = np.float64(loss) if upcast else loss
+
+    def vjp(dloss):
+        g = x.dtype.type(dloss)
+        found_dx, found_dw = (dx_, dw) if not recompute else gradient(in_pullback=True)[1:]
+        if recompute and recomputed == "nothing":
+            found_dw = times(0.0, found_dw)
+        if not copies and g == 1:
+            return found_dx, found_dw
+        if reuses:
+            found_dx *= g
+            return found_dx, times(g, found_dw)
+        one = x.dtype.type(1)
+        factor = {"both": (g, g), "none": (one, one), "dx": (g, one), "dweight": (one, g)}[dloss_in]
+        return found_dx * factor[0], times(factor[1], found_dw)
+
+    return loss, vjp
+
+
+LINEAR_CROSS_ENTROPY = variants(
+    _linear_cross_entropy,
+    count=("rows", "chunk", "ignored"),
+    short="dropped",
+    empty="none",
+    dweight="last",
+    dx="first rows",
+    value=("last", "mean"),
+    dloss_in=("none", "dx", "dweight"),
+    labels_of="the first chunk",
+    copies=False,
+    recomputed=("chunk", "nothing"),
+    upcast=True,
+    reuses=True,
 )
 
 

@@ -21,9 +21,9 @@ def bytes_of(items):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("config", [WIDE, DEEP, TIED])
-def test_activations_are_billed_to_a_fifth(config, recompute):
-    """The highest point of a training step, without the gradients that it ends with. (The bill counts what pullbacks
-    keep; a cotangent more or less is on its way at the highest point.)"""
+def test_activations_are_billed_to_a_tenth(config, recompute):
+    """The highest point of a training step, without the gradients that it ends with. (Nearly all of them are there at
+    the highest point: it lies in the pullback of the first block.)"""
     rng = np.random.default_rng(0)
     params = llama.initialize(config, rng)
     tokens = rng.integers(0, config.vocab_size, (4, 96)).astype(np.int32)
@@ -34,7 +34,7 @@ def test_activations_are_billed_to_a_fifth(config, recompute):
     peak = tracemalloc.get_traced_memory()[1] - sum(g.nbytes for g in gradients.values())
     tracemalloc.stop()
     billed = bytes_of(memory.bill(config, "full", batch_size=4, seq_len=96, recompute=recompute))["activations"]
-    assert 4 / 5 < peak / billed < 6 / 5
+    assert 9 / 10 < peak / billed < 11 / 10
 
 
 @pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
