@@ -27,11 +27,11 @@ def swiglu(
 
     `vjp(dy) -> dgate, dup`. g and u are the outputs of `gate_proj` and `up_proj`.
     """
-    s = sigmoid(gate)
-    y = gate * s
+    y = gate * sigmoid(gate)
     y *= up
 
     def vjp(dy):
+        s = sigmoid(gate)  # again: it takes less time than it would take memory to keep
         silu = gate * s
         dup = dy * silu
         dgate = 1 - s

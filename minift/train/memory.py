@@ -115,19 +115,19 @@ def activations(config: llama.Config, batch_size: int, seq_len: int, recompute: 
 
     For each token the pullbacks of a block keep what the two norms and their outputs hold (4 d), queries and their
     context, by tiles and joined (3 H·d_h), keys and values (2 G·d_h), a row of attention weights for each head (H times
-    half of T, as what lies ahead is not formed), and gate, up, σ(gate) and their product (4 f). Behind the last block
+    half of T, as what lies ahead is not formed), and gate, up and what silu(gate) up gives (3 f). Behind the last block
     there are its norm, what enters the loss, and the gradients of these (5 d).
 
     What is on its way comes on top. In the loss, for some rows at a time: logits, their exponentials and gradient
-    (3 V). In the pullback of a block the larger of two: through the MLP three cotangents (3 f) and three of x (3 d);
+    (3 V). In the pullback of a block the larger of two: through the MLP σ(gate), three cotangents (4 f), 3 d;
     through attention two of x (2 d), those of context, queries, keys and values (2 H·d_h, 2 G·d_h), and for a tile its
     scores' and a second dk and dv (H times the tile, 2 G·d_h).
 
     With recomputation all blocks keep their input only (d each), and the loss comes when no whole block is there."""
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     queries, keys = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    block = 4 * d + 3 * queries + 2 * keys + heads * min(seq_len, (seq_len + TILE) // 2) + 4 * f
-    through_mlp = 3 * f + 3 * d
+    block = 4 * d + 3 * queries + 2 * keys + heads * min(seq_len, (seq_len + TILE) // 2) + 3 * f
+    through_mlp = 4 * f + 3 * d
     through_attention = 2 * d + 2 * queries + 4 * keys + heads * min(seq_len, TILE)
     on_the_way = max(through_mlp, through_attention)
     tokens = batch_size * seq_len
