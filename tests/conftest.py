@@ -12,8 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
+import typechecker
+
 NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]
-_hook = jaxtyping.install_import_hook(NUMERIC, "typechecker.check")
+_hook = jaxtyping.install_import_hook(NUMERIC, f"{typechecker.__name__}.check")
 _hook.__enter__()
 
 import numpy as np
