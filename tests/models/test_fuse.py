@@ -1,6 +1,6 @@
 """Fused parameters: the same model with its weights stacked, in which nothing learns.
 
-The products are those of the unfused model, so results may differ by the order of a sum only: `allowed` of test_llama."""
+The products are those of the unfused model, so results differ by the order of sums only: `allowed` of test_llama."""
 
 import dataclasses
 
