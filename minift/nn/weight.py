@@ -159,7 +159,10 @@ def add(total: Cotangent, part: Cotangent) -> Cotangent:
         total += part
     elif isinstance(total, dict) and isinstance(part, dict):
         for name, array in part.items():
-            total[name] = add(total.get(name), array)
+            if name in total:
+                total[name] += array
+            else:
+                total[name] = array
     return part if total is None else total
 
 
