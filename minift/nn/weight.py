@@ -154,12 +154,15 @@ def replace(params: Params, arrays: Arrays) -> dict[str, Any]:
 
 
 def add(total: Cotangent, part: Cotangent) -> Cotangent:
-    """total + part, in place where there is a total."""
+    """total + part, in place where there is a total; None is nothing, and so is a name that a dictionary lacks."""
     if isinstance(total, np.ndarray) and isinstance(part, np.ndarray):
         total += part
     elif isinstance(total, dict) and isinstance(part, dict):
-        for name, array in total.items():
-            array += part[name]
+        for name, array in part.items():
+            if name in total:
+                total[name] += array
+            else:
+                total[name] = array
     return part if total is None else total
 
 

@@ -123,8 +123,11 @@ def test_transformers_agrees_with_all_gradients(config, rng):
 
 @pytest.mark.parametrize("config", [CONFIG, LINEAR, LLAMA3], ids=["plain", "linear", "llama3"])
 def test_in_float32_we_are_no_further_from_the_truth_than_twice_transformers(config, rng):
-    """Untouched transformers, its own angles included: FlashAttention's rule, on root mean square errors, with a
-    measured unit in the last place."""
+    """Untouched transformers, its own angles included: FlashAttention's rule, on the error of all tensors together.
+
+    A single tensor says little: its error is one draw of a random variable, and of the few numbers of a gain even the
+    root mean square of two equally good computations often differs by more than two. So each tensor's error is divided
+    by that tensor's size, and the root mean square is taken over all of them, which no single draw decides."""
     params, tokens = model(2, config), rng.integers(0, 29, (2, 40))
     dlogits = rng.standard_normal((2, 40, 29)).astype(np.float32)
     exact, exact_vjp = llama.forward(params_of_float32(params), tokens, config)
@@ -134,12 +137,12 @@ def test_in_float32_we_are_no_further_from_the_truth_than_twice_transformers(con
     network = theirs(single(params), config, torch.float32, in_double=False)
     their_logits, their = their_gradients(network, tokens, dlogits)
     their |= {"logits": their_logits}
-    for name, truth in exact_gradients.items():
-        low = truth.astype(np.float32)
-        unit = np.abs((low + np.float32(0.3) - np.float32(0.3)).astype(float) - low).max()
-        assert ours[name].dtype == np.float32
-        errors = [math.sqrt(np.mean((side[name].astype(float) - truth) ** 2)) for side in (ours, their)]
-        assert errors[0] <= 2 * errors[1] + 2 * unit, f"{name}: {errors[0]:.3g}, theirs {errors[1]:.3g}"
+    assert all(array.dtype == np.float32 for array in ours.values())
+
+    def relative_error(found):
+        return math.sqrt(np.mean([((found[n] - t) ** 2).sum() / (t**2).sum() for n, t in exact_gradients.items()]))
+
+    assert relative_error(ours) <= 2 * relative_error(their)
 
 
 def params_of_float32(params):

@@ -5,7 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.nn.weight import Frozen, Weight, dense, freeze, gradients, learns, replace, thaw, trainable, unwrap
+from minift.nn.weight import (
+    Frozen,
+    Weight,
+    add,
+    dense,
+    freeze,
+    gradients,
+    learns,
+    replace,
+    thaw,
+    times,
+    trainable,
+    unwrap,
+)
 from minift.peft.lora import LoRA
 from minift.quant import nf4
 from nn import checks
@@ -212,6 +225,39 @@ def test_contributions_to_one_name_add_up(contributions):
         elif kind == "named":
             assert (cotangent["lora_A.weight"] == n).all()
             assert (cotangent["lora_B.weight"] == -n).all()
+
+
+def test_add_is_in_place_in_the_total_only():
+    total, part = np.array([1.0, 2.0]), np.array([10.0, 20.0])
+    assert add(total, part) is total
+    assert total.tolist() == [11, 22]
+    assert part.tolist() == [10, 20]
+    assert add(None, part) is part
+    assert add(total, None) is total
+    assert total.tolist() == [11, 22]
+    assert add(None, None) is None
+
+
+def test_add_of_named_parts_loses_no_name():
+    """Each side may have names that the other lacks: what learns in one part of a batch only."""
+    a, b, c, d = (np.full(2, n) for n in (1.0, 2.0, 30.0, 400.0))
+    total = {"a": a, "b": b}
+    assert add(total, {"b": c, "d": d}) is total
+    assert {name: array.tolist() for name, array in total.items()} == {"a": [1, 1], "b": [32, 32], "d": [400, 400]}
+    assert total["b"] is b
+    assert c.tolist() == [30, 30]
+    assert d.tolist() == [400, 400]
+
+
+@pytest.mark.parametrize("factor", [3.0, np.float64(3), np.float32(3)])
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_times_keeps_the_type_and_what_it_was_given(factor, dtype):
+    given_ = np.array([1, -2], dtype)
+    for found in (times(factor, given_), times(factor, {"A": given_})["A"]):
+        checks.same_bits(found, np.array([3, -6], dtype), "product")
+    assert times(factor, None) is None
+    assert times(1.0, given_) is not given_  # the caller may add to it in place
+    assert given_.tolist() == [1, -2]
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
