@@ -20,6 +20,7 @@ from minift.nn.losses import cross_entropy
 from minift.nn.weight import Params
 from minift.peft import lora
 from minift.peft.merge import Way, exact_way, merge_dequantized, merge_error, merge_original, merge_requantized
+from minift.peft.tuned import Tuned
 from minift.train.loop import at_least
 
 SEQ_LEN = 64  # tokens of each text on which the ways are compared
@@ -73,7 +74,7 @@ class Merge:
         trained = put_on(original, load_adapter(self.adapter, original), self.base)
         exact = exact_way(trained)
         into: Way = exact if self.into == "auto" else self.into
-        changed = sum(isinstance(weight, lora.LoRA) for weight in trained.values())
+        changed = sum(isinstance(weight, lora.LoRA | Tuned) for weight in trained.values())
         over = "4-bit weights" if exact == "dequantized" else "the original weights"
         unsaid = self.base == "auto" and exact == "original"
         hint = "; if it was trained over 4-bit weights: --base nf4" if unsaid else ""

@@ -33,6 +33,7 @@ import numpy as np
 from minift.nn.weight import Frozen, Params, dense
 from minift.peft import lora, qlora
 from minift.peft.lora import LoRA
+from minift.peft.tuned import Tuned
 from minift.quant import double_quant
 from minift.quant.nf4 import NF4Tensor
 
@@ -96,14 +97,14 @@ def squares(x: np.ndarray) -> float:
 
 
 def _base(trained: Params) -> dict[str, Any]:
-    return {name: w.base if isinstance(w, LoRA) else w for name, w in trained.items()}
+    return {name: w.base if isinstance(w, LoRA | Tuned) else w for name, w in trained.items()}
 
 
 def _over(base: Params, trained: Params) -> dict[str, Any]:
-    """The same adapters over other weights."""
+    """The same adapters, and weights trained in full, over other weights."""
     other = {name: Frozen(w) if isinstance(w, np.ndarray) else w for name, w in base.items()}
     return {
-        name: dataclasses.replace(w, base=other[name]) if isinstance(w, LoRA) else other[name]
+        name: dataclasses.replace(w, base=other[name]) if isinstance(w, LoRA | Tuned) else other[name]
         for name, w in trained.items()
     }
 

@@ -260,3 +260,21 @@ def test_an_adapter_that_has_learned_nothing(rng):
     for call in (merge.merge_dequantized, merge.merge_requantized, lambda p: merge.merge_original(p, original)):
         with pytest.raises(ValueError, match="these parameters carry no adapter"):
             call(lora.detach(trained)[0])
+
+
+@pytest.mark.parametrize("over_nf4", [False, True])
+def test_what_was_trained_in_full_is_in_every_merged_model(over_nf4, rng):
+    original, _ = model(over_nf4)
+    base = qlora.quantize(original) if over_nf4 else original
+    attached = lora.attach(base, ["q_proj"], r=3, lora_alpha=7, rng=rng, modules_to_save=["norm"])
+    learned = {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in trainable(attached).items()}
+    trained = replace(attached, learned)
+    whole = [name for name in learned if name.endswith("norm.weight")]
+    merged = (
+        merge.merge_dequantized(trained),
+        merge.merge_original(trained, original),
+        merge.merge_requantized(trained),
+    )
+    assert len(whole) == 2 * CONFIG.num_hidden_layers + 1
+    for params in merged:
+        assert all(np.array_equal(dense(params[name]), learned[name]) for name in whole)
