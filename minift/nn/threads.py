@@ -2,7 +2,7 @@
 
 NumPy's element-wise functions run on one core, but release Python's lock while they compute, so threads can share out
 what is independent. The number of threads is the one that BLAS has been given: all cores, unless OPENBLAS_NUM_THREADS
-or the like says otherwise, and one inside `side_by_side`, where every core has work already.
+or the like says otherwise, and one inside `one_core_each`, where every core has work already.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -27,23 +26,22 @@ def on_all_cores(work: Callable[..., None], pieces: Iterable[tuple]) -> None:
     """`work(*piece)` for each piece; they write to different places, so their order does not matter."""
     todo = list(pieces)
     threads = count() if len(todo) >= MANY else 1
-
     size = -(-len(todo) // threads)
 
-    def share(first):
+    def run(first):
         for piece in todo[first : first + size]:
             work(*piece)
 
     if threads == 1:
-        share(0)
+        run(0)
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(share, range(0, len(todo), size)))
+        list(pool.map(run, range(0, len(todo), size)))
 
 
 @contextmanager
-def side_by_side(threads: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable], Iterator]]:
-    """`with side_by_side(n) as each:` `each(function, items)` maps in order, on n threads with a core for each."""
+def one_core_each(threads: int) -> Iterator[Callable[..., Iterator]]:
+    """`with one_core_each(n) as each:` `each` is `map`, in order, on n threads with a core for each."""
     with _blas().limit(limits=1), ThreadPoolExecutor(threads) as pool:
         yield pool.map
 

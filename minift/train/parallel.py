@@ -22,7 +22,7 @@ from minift.nn.dropout import fold_in
 from minift.nn.weight import Params, add, trainable
 
 LARGE = 1 << 28  # bytes of gradients
-Loss = Callable[[Params, Batch, float | None, int], tuple[np.floating, Callable]]
+Loss = Callable[[Params, Batch, float | None, int | None], tuple[np.floating, Callable]]
 
 
 def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
@@ -43,12 +43,13 @@ def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
         if len(parts) == 1:
             return loss(params, batch, normalizer, key)
         whole = float(max(count_labels(batch), 1)) if normalizer is None else normalizer
-        with cores.side_by_side(n) as each:
-            results = each(lambda i: loss(params, parts[i], whole, fold_in(key, i)), range(len(parts)))
+        keys = [None if key is None else fold_in(key, i) for i in range(len(parts))]
+        with cores.one_core_each(n) as each:
+            results = each(lambda part, key: loss(params, part, whole, key), parts, keys)
             values, pullbacks = zip(*results, strict=True)
 
         def vjp(dloss):
-            with cores.side_by_side(n) as each:
+            with cores.one_core_each(n) as each:
                 total, *others = each(lambda pullback: pullback(dloss), pullbacks)
                 list(each(lambda name: reduce(add, (part[name] for part in others), total[name]), total))
                 return total
