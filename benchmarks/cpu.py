@@ -11,8 +11,9 @@ that its floor takes, the least that anybody must do on this machine, measured i
     training steps    the matrix products alone, on arrays of the same shapes
     generation        every weight read once a token, at the rate of a plain copy
 
-Peak memory is measured in processes of their own, one for each side, from the second step on: what was needed to load
-the model does not count, libraries do. Results go to --out as JSON.
+Each side is a process of its own, since each sets up memory and threads as it likes, and they take turns: while one
+computes the other sleeps. Peak memory is that of the process from the second step on: what was needed to load the model
+does not count, libraries do. Results go to --out as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -50,7 +51,19 @@ from minift.train.parallel import side_by_side
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
-METHODS = {"lora": "PEFT", "qlora": "PEFT + bitsandbytes", "full": "transformers"}
+
+
+PAIRS = {  # what: (its name in the table, the peers)
+    "quantize": ("NF4 quantize", ("bitsandbytes",)),
+    "dequantize": ("NF4 dequantize", ("bitsandbytes",)),
+    "double-quantize": ("NF4 + double quantization, quantize", ("bitsandbytes", "torchao")),
+    "double-dequantize": ("NF4 + double quantization, dequantize", ("bitsandbytes", "torchao")),
+    "lora": ("LoRA step, {batch_size} x {seq_len} tokens", ("PEFT",)),
+    "qlora": ("QLoRA step, {batch_size} x {seq_len} tokens", ("PEFT + bitsandbytes",)),
+    "full": ("full step, {batch_size} x {seq_len} tokens", ("transformers",)),
+    "generate": ("generate {new_tokens} tokens", ("transformers",)),
+}
+STEPS = ("lora", "qlora", "full")
 
 
 @dataclass
@@ -71,20 +84,18 @@ class Benchmark:
     """Tokens to generate."""
     out: Path = Path("runs/benchmark_cpu.json")
     """Where the results go."""
-    memory_of: Literal["", "ours", "theirs"] = ""
-    """Only print the peak memory in bytes of one side of --method: what a run does in processes of its own."""
-    method: Literal["lora", "qlora", "full", "generate"] = "lora"
-    """For --memory-of."""
+    worker: tuple[str, str] | None = None
+    """What and whose: be one side of a pair, in a process of its own. The main process starts these."""
 
     def run(self) -> None:
-        keep_freed_memory()
-        if self.memory_of:
-            print(peak_bytes(getattr(self, self.memory_of)(self.method)))
+        if self.worker is not None:
+            serve(self.side(*self.worker))
             return
-        rows = self.quantization()
-        if self.model is not None:
-            rows += [self.training_step(method) for method in METHODS]
-            rows.append(self.generation())
+        rows = []
+        for what, (_, peers) in PAIRS.items():
+            if self.model is None and what in (*STEPS, "generate"):
+                continue
+            rows += [self.pair(what, peer) for peer in peers if peer != "torchao" or _torchao() is not None]
         machine = {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -96,77 +107,63 @@ class Benchmark:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
-    def quantization(self) -> list[Row]:
+    def pair(self, what: str, peer: str) -> Row:
+        """Both sides and the floor, in turn."""
+        workers = [Worker(self, what, whose) for whose in ("minift", peer, "floor")]
+        turns = [[worker.turn() for worker in workers] for _ in range(self.turns)]
+        ours_bytes, theirs_bytes, _ = [worker.stop() for worker in workers]
+        ratios = [theirs / ours for ours, theirs, _ in turns]
+        ours, theirs, floor = (statistics.median(column) for column in zip(*turns, strict=True))
+        name = PAIRS[what][0].format(**vars(self))
+        row = {"what": name, "against": peer, "ours": ours, "theirs": theirs, "floor": floor}
+        row |= {"ratio": theirs / ours, "lowest": min(ratios), "highest": max(ratios)}
+        return row | {"ours_bytes": ours_bytes, "theirs_bytes": theirs_bytes}
+
+    def side(self, what: str, whose: str) -> Call:
+        """What one side does in a turn."""
+        if whose == "floor":
+            return self.floor(what)
+        if what in (*STEPS, "generate"):
+            return self.ours(what) if whose == "minift" else self.theirs(what)
+        return self.quantization(what, whose)
+
+    def floor(self, what: str) -> Call:
+        if what in STEPS:
+            return self.products(what)
+        if what == "generate":
+            config, _ = load_model(self.model)
+            nbytes = 4 * sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
+            return functools.partial(copy, self.new_tokens * nbytes // 2)  # a copy moves each byte twice
+        return functools.partial(copy, self.size**2 * 4 + self.size**2 // 2)
+
+    def quantization(self, what: str, whose: str) -> Call:
         """NF4, plain and double-quantized, of one square float32 matrix."""
+        w = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32)
+        double = what.startswith("double")
+        if whose == "minift":
+            keep_freed_memory()
+
+            def quantize():
+                return double_quant.compress(nf4.quantize(w)) if double else nf4.quantize(w)
+
+            q = quantize()
+            return (lambda: nf4.dequantize(q)) if what.endswith("dequantize") else quantize
+
         import torch
         from bitsandbytes import functional as bnb
 
-        w = np.random.default_rng(0).standard_normal((self.size, self.size), np.float32)
         theirs = torch.from_numpy(w)
-        q = nf4.quantize(w)
-        nested = double_quant.compress(q)
-        p, state = bnb.quantize_4bit(theirs, quant_type="nf4")
-        p2, state2 = bnb.quantize_4bit(theirs, quant_type="nf4", compress_statistics=True)
-        floor = functools.partial(copy, w.nbytes + q.nbytes)
-        peer, doubly = "bitsandbytes", "NF4 + double quantization"
-        quantize = functools.partial(bnb.quantize_4bit, theirs, quant_type="nf4")
-        rows = [
-            self.pair("NF4 quantize", lambda: nf4.quantize(w), quantize, peer, floor),
-            self.pair("NF4 dequantize", lambda: nf4.dequantize(q), lambda: bnb.dequantize_4bit(p, state), peer, floor),
-            self.pair(
-                f"{doubly}, quantize",
-                lambda: double_quant.compress(nf4.quantize(w)),
-                lambda: quantize(compress_statistics=True),
-                peer,
-                floor,
-            ),
-            self.pair(
-                f"{doubly}, dequantize",
-                lambda: nf4.dequantize(nested),
-                lambda: bnb.dequantize_4bit(p2, state2),
-                peer,
-                floor,
-            ),
-        ]
-        torchao = _torchao()
-        if torchao is not None:  # always double-quantizes, and with other rules: its codes are not bitsandbytes'
-            o = torchao(theirs)
-            rows += [
-                self.pair(
-                    f"{doubly}, quantize",
-                    lambda: double_quant.compress(nf4.quantize(w)),
-                    lambda: torchao(theirs),
-                    "torchao",
-                    floor,
-                ),
-                self.pair(
-                    f"{doubly}, dequantize",
-                    lambda: nf4.dequantize(nested),
-                    lambda: o.get_original_weight(),
-                    "torchao",
-                    floor,
-                ),
-            ]
-        return rows
-
-    def training_step(self, method: str) -> Row:
-        """Forward, backward and AdamW, adapters of rank 8 on every linear layer."""
-        ours, theirs = self.ours(method), self.theirs(method)
-        what = f"{method} step, {self.batch_size} x {self.seq_len} tokens"
-        row = self.pair(what, ours, theirs, METHODS[method], self.products(method))
-        return row | self.memory(method)
-
-    def generation(self) -> Row:
-        """Greedy decoding of one sequence, prompt included."""
-        config, _ = load_model(self.model)
-        nbytes = 4 * sum(int(np.prod(shape)) for shape in llama.shapes(config).values())
-        floor = functools.partial(copy, self.new_tokens * nbytes // 2)  # a copy moves each byte twice
-        what = f"generate {self.new_tokens} tokens"
-        row = self.pair(what, self.ours("generate"), self.theirs("generate"), "transformers", floor)
-        return row | self.memory("generate")
+        to_nf4 = _torchao()
+        if whose == "torchao" and to_nf4 is not None:  # its rules are its own: other codes than bitsandbytes'
+            tensor = to_nf4(theirs)
+            return tensor.get_original_weight if what.endswith("dequantize") else lambda: to_nf4(theirs)
+        four_bits = functools.partial(bnb.quantize_4bit, theirs, quant_type="nf4", compress_statistics=double)
+        packed, state = four_bits()
+        return (lambda: bnb.dequantize_4bit(packed, state)) if what.endswith("dequantize") else four_bits
 
     def ours(self, method: str) -> Call:
-        """One training step, or one generation, by minift."""
+        """One training step (forward, backward, AdamW; adapters of rank 8 on every linear layer), or one generation."""
+        keep_freed_memory()
         config, params = load_model(self.model)
         tokens = self.tokens(config.vocab_size)
         if method == "generate":
@@ -231,28 +228,65 @@ class Benchmark:
 
         return run
 
-    def memory(self, method: str) -> Row:
-        """Peak memory of both sides, each in a process of its own."""
-        peaks = {}
-        for side in ("ours", "theirs"):
-            settings = {"model": self.model, "batch-size": self.batch_size, "seq-len": self.seq_len}
-            settings |= {"new-tokens": self.new_tokens, "memory-of": side, "method": method}
-            options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-            done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
-            peaks[f"{side}_bytes"] = int(done.stdout.split()[-1])
-        return peaks
-
     def tokens(self, vocab_size: int) -> np.ndarray:
         return np.random.default_rng(0).integers(0, vocab_size, (self.batch_size, self.seq_len)).astype(np.int32)
 
-    def pair(self, what: str, ours: Call, theirs: Call, against: str, floor: Call) -> Row:
-        """Run both, and the floor, in turn after one warm-up of each."""
-        ours(), theirs(), floor()
-        turns = [(_seconds(ours), _seconds(theirs), _seconds(floor)) for _ in range(self.turns)]
-        ratios = [b / a for a, b, _ in turns]
-        a, b, least = (statistics.median(column) for column in zip(*turns, strict=True))
-        found = {"ours": a, "theirs": b, "ratio": b / a, "lowest": min(ratios), "highest": max(ratios), "floor": least}
-        return {"what": what, "against": against} | found
+
+# --- one side of a pair, in a process of its own ----------------------------------------------------------------------
+
+
+class Worker:
+    """The process, seen from outside: it takes its turn when it is told to."""
+
+    def __init__(self, benchmark: Benchmark, what: str, whose: str):
+        fields = {"size": benchmark.size, "batch-size": benchmark.batch_size, "seq-len": benchmark.seq_len}
+        fields |= {"new-tokens": benchmark.new_tokens} | ({"model": benchmark.model} if benchmark.model else {})
+        options = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, __file__, *options, "--worker", what, whose]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer("ready")
+
+    def turn(self) -> float:
+        """Seconds."""
+        return float(self._ask("turn"))
+
+    def stop(self) -> int:
+        """The most bytes it has held."""
+        nbytes = int(self._ask("stop"))
+        self.process.wait()
+        return nbytes
+
+    def _ask(self, question: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        return self._answer(question)
+
+    def _answer(self, question: str) -> str:
+        """The line that begins with the question: libraries print others."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(question + " "):
+                return line.removeprefix(question).strip()
+        raise RuntimeError(f"the process ended before it answered {question!r}; what it said stands above")
+
+
+def serve(step: Call) -> None:
+    """The process, from inside: one warm-up, then a turn whenever it is told to."""
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: set the high-water mark back
+    print("ready now", flush=True)
+    for question in map(str.strip, sys.stdin):
+        if question == "turn":
+            print("turn", _seconds(step), flush=True)
+        else:
+            print("stop", _peak_bytes(), flush=True)
+            return
+
+
+def _peak_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 # --- floors -----------------------------------------------------------------------------------------------------------
@@ -292,18 +326,6 @@ def copy_rate() -> float:
     return 2e9 / min(_seconds(lambda: copy(2 * 10**9)) for _ in range(3))
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(step: Call) -> int:
-    """The most memory that this process held during the second step (Linux: the high-water mark can be set back)."""
-    step()
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,10 +337,8 @@ def _table(rows: list[Row], machine: dict[str, Any]) -> Table:
         ours, theirs = (f"{row[key] * 1e3:,.1f} ms" for key in ("ours", "theirs"))
         spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
         share = f"{row['floor'] / row['ours']:.0%} / {row['floor'] / row['theirs']:.0%}"
-        memory = ""
-        if "ours_bytes" in row:
-            a, b = row["ours_bytes"], row["theirs_bytes"]
-            memory = f"{a / 1e9:.2f} / {b / 1e9:.2f} GB = {a / b:.2f}"
+        a, b = row["ours_bytes"], row["theirs_bytes"]
+        memory = f"{a / 1e9:.2f} / {b / 1e9:.2f} GB = {a / b:.2f}"
         table.add_row(row["what"], ours, theirs, f"{row['ratio']:.2f}", spread, share, memory, row["against"])
     return table
 
