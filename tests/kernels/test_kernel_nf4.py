@@ -237,9 +237,11 @@ def test_opcheck(backend, nested):
     torch.library.opcheck(torch.ops.minift.nf4_dequantize.default, args)
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(compiler):
     """In a process of its own: here the compiler is off. Both passes of `linear`, both backends, the same bits."""
     program = """
+        import sys
         import torch
         from minift_kernels.quant import double_quant, nf4
 
@@ -253,13 +255,13 @@ def test_compiles_to_one_graph():
                 return q.linear(x) + 2 * nf4.dequantize(q, backend=backend).sum(0)[:10]
 
             x = torch.randn(3, 64, generator=generator, requires_grad=True)
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            compiled = torch.compile(model, fullgraph=True, backend=sys.argv[1])
             results = [f(x, q.codes, s.codes, s.absmax, s.offset, s.code) for f in (model, compiled)]
             grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in results]
             assert torch.equal(*results) and torch.equal(*grads)
         print("same bits")
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [sys.executable, "-c", textwrap.dedent(program), compiler]
     environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout == "same bits\n", done.stderr[-2000:]

@@ -14,7 +14,7 @@ and a network of such products keeps all of them. `NF4Tensor.linear` keeps the 4
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -235,6 +235,25 @@ def dequantize_launch(
         arguments += tuple(nested)
         options["NESTED_BLOCK_SIZE"] = nested_block_size
     return Launch(getattr(kernels, f"dequantize_{step}"), (-(-n // weights),), arguments, options)
+
+
+def meta_launch(
+    n: int,
+    dtype: torch.dtype,
+    block_size: int = 64,
+    nested_block_size: int = 0,
+    step: int | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Launch:
+    """The launch for n weights, on tensors that have no memory: for `aot.compile_launch`, not to be run."""
+    empty = partial(torch.empty, device="meta")
+    blocks = block_count(n, block_size)
+    scales: tuple = (empty(blocks), None, None, None)
+    if nested_block_size:
+        nested = empty(block_count(blocks, nested_block_size)), empty(256), empty(())
+        scales = (empty(blocks, dtype=torch.uint8), *nested)
+    out, codes = empty(n, dtype=dtype), empty((n + 1) // 2, dtype=torch.uint8)
+    return dequantize_launch(out, codes, scales, block_size, nested_block_size, "triton", step, tile)
 
 
 def pack(codes: UInt8[Tensor, " n"]) -> UInt8[Tensor, " bytes"]:

@@ -54,7 +54,8 @@ def first_of_tile(program, TILE: tl.constexpr):
 #
 # Weights 2i and 2i + 1 both load byte i, and every weight loads its scale, the same one as its 63 neighbors. These
 # come from the L1 cache, so memory is not read twice, but each is an instruction: three loads a weight (byte, table,
-# scale). Already good: neighboring lanes write neighboring weights, 16 bytes a lane, in one store for 8 of them.
+# scale), of which the assembler saves every second byte. Already good: neighboring lanes write neighboring weights,
+# a lane 8 of them in one store of 16 bytes.
 
 
 @triton.jit
@@ -109,8 +110,8 @@ def dequantize_3(out, codes, absmax, table, n, n_bytes, BLOCK_SIZE: tl.constexpr
 #
 # The tile becomes a matrix whose rows lie in one block each: as many rows as blocks, or one row if the block is larger
 # than the tile. Scales are a vector with an element a row. Predicted: a lane's bytes lie in one row, so it loads one
-# scale for them instead of one a byte: of the 13 loads in a lane of step 3, 3 go. Offsets within the tile are 32 bits
-# wide, added to a 64-bit start that the whole program shares, which saves address arithmetic in every lane.
+# scale for them instead of one a byte: of a lane's 13 loads in step 3, 3 go. Offsets within the tile are 32 bits wide,
+# added to a 64-bit start that the whole program shares, which saves address arithmetic in every lane.
 
 
 @triton.jit
