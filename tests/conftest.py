@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jaxtyping
 
 NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]
+NUMERIC += ["minift_kernels.quant"]
 _hook = jaxtyping.install_import_hook(NUMERIC, "typechecker.check")
 _hook.__enter__()
 

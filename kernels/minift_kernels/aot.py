@@ -30,6 +30,9 @@ TARGETS = {
 }
 
 
+_HIP_BITS = {"byte": 8, "short": 16, "dword": 32}
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A kernel for one target. Bytes of shared memory are a program's, registers and bytes spilled a lane's."""
@@ -44,6 +47,16 @@ class Compiled:
     def count(self, pattern: str) -> int:
         """How many instructions of the assembly match: a regular expression for the name at the start of a line."""
         return len(re.findall(rf"^\s*(?:@!?%p\d+\s+)?{pattern}", self.assembly, re.MULTILINE))
+
+    def widths(self, what: str) -> list[int]:
+        """The bits that a lane moves with each "load" or "store" of global memory, in the order of the machine code."""
+        if TARGETS[self.target].backend == "hip":
+            pattern = rf"^\s*(?:global|buffer|flat)_{what}_[us]?(byte|short|dword)(?:x(\d))?"
+            found = re.findall(pattern, self.machine, re.MULTILINE)
+            return [_HIP_BITS[name] * int(times or 1) for name, times in found]
+        name = {"load": "LDG", "store": "STG"}[what]
+        suffixes = re.findall(rf"\b{name}((?:\.\w+)+)", self.machine)
+        return [next((int(w) for w in re.findall(r"\.[SU]?(8|16|64|128)\b", s)), 32) for s in suffixes]
 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:

@@ -16,17 +16,6 @@ FUSED = r"fma\.|mad\.\S*f32"  # PTX
 FUSED_MACHINE = r"\bFFMA|\bHFMA|\bDFMA|\bv_(pk_)?(fma|fmac|mac|mad)_f"  # SASS; GCN
 
 
-def widths(compiled, what):
-    """The widths in bits of the loads ("load") or stores of global memory, in order."""
-    if compiled.target == "gfx942":
-        names = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx4": 128}
-        found = re.findall(rf"^\s*(?:global|buffer|flat)_{what}_(\w+?)(?:_d16\w*)?\s", compiled.machine, re.MULTILINE)
-        return [names[name] for name in found]
-    name = {"load": "LDG", "store": "STG"}[what]
-    found = re.findall(rf"\b{name}\.E(?:\.\w+)*?(?:\.([SU]8|[SU]16|64|128))?(?:\.\w+)*\s", compiled.machine)
-    return [int(width.lstrip("SU") or 32) for width in found]
-
-
 def compiled(target, **settings):
     return aot.compile_launch(nf4.meta_launch(settings.pop("n", N), **settings), target)
 
@@ -38,9 +27,9 @@ def test_the_kernel_that_is_launched(target, nested, dtype):
     """16 bytes a store and nothing narrower, no detour through shared memory, nothing spilled, nothing fused."""
     found = compiled(target, dtype=dtype, nested_block_size=nested)
     print(f"{target} {dtype} nested {nested}: {found.registers} registers, {found.spilled} bytes spilled")
-    stores = widths(found, "store")
+    stores = found.widths("store")
     assert stores and set(stores) == {128}
-    assert widths(found, "load")
+    assert found.widths("load")
     assert found.spilled == 0 and found.shared == 0
     assert 0 < found.registers <= 64, "more than 64 registers, and not all 2,048 lanes of a multiprocessor fit"
     rounds_as_written(found)
@@ -68,8 +57,8 @@ def test_the_two_roundings_depend_on_the_option(target):
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("step", range(1, 8))
 def test_every_step_compiles(target, step):
-    found = compiled(target, dtype=torch.float16, step=step, tile=(1024, 4) if step < 7 else None)
-    assert found.spilled == 0 and widths(found, "store")
+    found = compiled(target, dtype=torch.float16, step=step)
+    assert found.spilled == 0 and found.widths("store")
     rounds_as_written(found)
     if target == "sm_90":
         says_what_the_ladder_says(step, found)
@@ -77,7 +66,7 @@ def test_every_step_compiles(target, step):
 
 def says_what_the_ladder_says(step, found):
     """The counts in the comments of nf4_kernels.py, for a lane that decodes 8 float16 weights (step 7: 4 times 8)."""
-    loads, stores = widths(found, "load"), widths(found, "store")
+    loads, stores = found.widths("load"), found.widths("store")
     if step == 1:
         assert found.count(r"ld\.global") == 3 * 8 and stores == [128], "three loads a weight, one store for 8"
         assert len(loads) == 20, "the assembler makes one of each byte's two loads"
@@ -108,7 +97,7 @@ def test_without_the_hint_results_take_a_detour(step):
 def test_other_sizes_are_other_kernels(n):
     """A size of 64 bits keeps its wide stores; one that 16 does not divide is stored weight by weight; 1 compiles."""
     found = compiled("sm_90", n=n, dtype=torch.float16, nested_block_size=256)
-    assert set(widths(found, "store")) == ({128} if n % 16 == 0 else {16})
+    assert set(found.widths("store")) == ({128} if n % 16 == 0 else {16})
     assert found.spilled == 0
     rounds_as_written(found)
 
@@ -117,7 +106,7 @@ def test_compiling_needs_the_launchs_own_arguments():
     """A pointer that 16 does not divide, such as a slice has, makes another kernel."""
     out, codes, scales = torch.empty(4097, dtype=torch.float16), torch.empty(2048, dtype=torch.uint8), torch.empty(64)
     launch = nf4.dequantize_launch(out[1:], codes, (scales, None, None, None), 64, 0, "triton")
-    assert 128 not in widths(aot.compile_launch(launch, "sm_90"), "store")
+    assert 128 not in aot.compile_launch(launch, "sm_90").widths("store")
 
 
 def test_both_kinds_live_in_one_process():

@@ -225,7 +225,7 @@ def dequantize_launch(
     """Equation (1) into `out`, which is contiguous. `step` is a step of the ladder, `tile` = (weights, warps)."""
     kernels = backends.load(KERNELS, backend)
     step = step or kernels.LAST
-    weights, warps = tile or kernels.TILES[out.element_size()][0]
+    weights, warps = tile or kernels.default_tile(step, out.element_size())
     absmax, *nested = (None if part is None else part.contiguous() for part in scales)
     table = _constant(CODE.tobytes(), codes.device)
     n = out.numel()

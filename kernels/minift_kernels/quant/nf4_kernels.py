@@ -26,13 +26,19 @@ import triton.language as tl
 
 LAST = 8  # the step that is launched unless another is asked for
 
-# Tile sizes to choose from, by the bytes of an element of `out`: (TILE, num_warps), the first is the default.
-# A lane writes 16 bytes at a time, so 4 warps of 32 lanes write 1,024 float16 numbers at once; step 7 says why more.
+# Tile sizes to choose from, by the bytes of an element of `out`: (TILE, num_warps). A lane writes 16 bytes at a time, so
+# 4 warps of 32 lanes write 1,024 float16 numbers at once: the second of each row, for steps 1 to 6. Step 7 says why more
+# is better from there on: the first of each row.
 TILES = {
     2: ((4096, 4), (1024, 4), (2048, 4), (8192, 8)),
     4: ((2048, 4), (512, 4), (1024, 4), (4096, 8)),
     8: ((1024, 4), (256, 4)),
 }
+
+
+def default_tile(step, element_size):
+    return TILES[element_size][0 if step >= 7 else 1]
+
 
 OPTIONS = {"enable_fp_fusion": False}  # equation (2) has two roundings
 
