@@ -87,7 +87,7 @@ def operator(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Register `torch.ops.minift.<name>` for every device, so that torch.compile sees one opaque operation.
 
     `fake` makes the result's shape and type without its numbers. Defined directly in a library: a call through
-    `torch.library.custom_op` costs several times as much. An opaque operation also keeps its roundings: the compiler
+    `torch.library.custom_op` costs about three times as much. An opaque operation also keeps its roundings: the compiler
     cannot fuse a product in it with a sum. There is no gradient formula: what is registered here is not differentiated.
     """
     name = schema.partition("(")[0]

@@ -26,9 +26,9 @@ import triton.language as tl
 
 LAST = 8  # the step that is launched unless another is asked for
 
-# Tile sizes to choose from, by the bytes of an element of `out`: (TILE, num_warps). A lane writes 16 bytes at a time, so
-# 4 warps of 32 lanes write 1,024 float16 numbers at once: the second of each row, for steps 1 to 6. Step 7 says why more
-# is better from there on: the first of each row.
+# Tile sizes to choose from, by the bytes of an element of `out`: (TILE, num_warps). A lane writes 16 bytes at a time,
+# so 4 warps of 32 lanes write 1,024 float16 numbers at once: the second of each row, for steps 1 to 6. From step 7 on
+# a lane has several words at once: the first of each row.
 TILES = {
     2: ((4096, 4), (1024, 4), (2048, 4), (8192, 8)),
     4: ((2048, 4), (512, 4), (1024, 4), (4096, 8)),
