@@ -15,6 +15,7 @@ import jaxtyping
 import typechecker
 
 NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]
+NUMERIC += ["minift_kernels.quant"]
 _hook = jaxtyping.install_import_hook(NUMERIC, f"{typechecker.__name__}.check")
 _hook.__enter__()
 

@@ -1,0 +1,97 @@
+"""Three ways to run a function here, side by side in one process.
+
+    "torch"        plain PyTorch operations, on any device: what a CPU tensor gets unless it asks for something else
+    "triton"       the Triton kernel, compiled for the GPU that holds the tensor: what a CUDA tensor gets
+    "interpreter"  the same kernel file run by Triton's interpreter, on any device: slow, for tests and for looking
+                   inside a kernel with `print` and a debugger
+
+**How one file is two things.** `@triton.jit` decides when a file is loaded: compiled, or interpreted if the setting
+`triton.knobs.runtime.interpret` is on at that moment. So `load` runs a kernel file once under either setting, and both
+copies live side by side. The environment variable TRITON_INTERPRET=1 is not needed, and should not be set: it turns
+Triton's own library into interpreted functions too, and then nothing can be compiled in that process. A kernel file
+imports triton and nothing else: from another kernel file it would get compiled helpers, which the interpreter refuses.
+
+**What the interpreter does not show.** It runs one program after the other, so a race between programs goes unseen; it
+does not notice a load or store outside of a tensor; and its bfloat16 is wrong (Triton 3.7 truncates instead of
+rounding), so `choose` refuses that type. In float32 and float16 it has NumPy's arithmetic, every operation rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("torch", "triton", "interpreter")
+
+_LIBRARY = torch.library.Library("minift", "FRAGMENT")
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that was asked for, or the default for this device: Triton on CUDA (and ROCm), PyTorch elsewhere.
+
+    Raises ValueError for an unknown name, for Triton without a GPU, and for bfloat16 in the interpreter."""
+    if backend is None:
+        return "triton" if device.type == "cuda" else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}, needed one of {', '.join(map(repr, BACKENDS))} or None")
+    if backend == "triton" and device.type != "cuda":
+        raise ValueError(f"backend: 'triton' needs CUDA tensors, found {device.type}: use 'torch' or 'interpreter'")
+    if backend == "interpreter" and dtype == torch.bfloat16:
+        raise ValueError("backend: 'interpreter' truncates to bfloat16 instead of rounding: use 'torch' or a GPU")
+    return backend
+
+
+@cache
+def load(file: str, backend: str) -> ModuleType:
+    """The kernel file of this dotted name, compiled ("triton") or interpreted ("interpreter")."""
+    import triton
+
+    found = importlib.util.find_spec(file)
+    assert found is not None and found.origin is not None, f"no module {file}"
+    spec = importlib.util.spec_from_file_location(f"{file}[{backend}]", found.origin)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = backend == "interpreter"
+        spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that has not happened yet: the kernel, how many programs, and what they are given.
+
+    What is compiled ahead of time (`aot.compile_launch`) is then exactly what would be launched."""
+
+    kernel: Any  # a function of a kernel file
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any] = field(default_factory=dict)  # constexpr arguments, num_warps and the like
+
+    def run(self, device: torch.device) -> None:
+        """On that device and its current stream. An empty grid, which CUDA refuses, launches nothing."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](*self.arguments, **self.options)
+
+
+def operator(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Register `torch.ops.minift.<name>` for every device, so that torch.compile sees one opaque operation.
+
+    `fake` makes the result's shape and type without its numbers. Defined directly in a library: a call through
+    `torch.library.custom_op` costs about three times as much. An opaque operation also keeps its roundings: the compiler
+    cannot fuse a product in it with a sum. There is no gradient formula: what is registered here is not differentiated.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minift::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.minift, name).default
