@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ctypes
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # the options of mallopt(3)
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # the options of mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to 2 GB, in one pool for all threads; False, and nothing done, with another C library.
+    """Tell glibc to keep up to 2 GB in one pool for all threads, large blocks too; False with another C library.
 
     It concerns the whole process, changes no result, and works best before the first thread starts."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(MMAP_THRESHOLD, 2**25), mallopt(ARENA_MAX, 1)])
+    return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(MMAP_MAX, 0), mallopt(ARENA_MAX, 1)])
