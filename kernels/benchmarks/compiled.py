@@ -2,9 +2,9 @@
 
     python kernels/benchmarks/compiled.py
 
-One row a step and target, for a 4096 × 4096 matrix with scales in blocks of 64: registers and spilled bytes of a lane,
-bytes of shared memory of a program, loads a weight, bits that a lane stores at once. Nothing is timed: this is what
-the predictions in nf4_kernels.py were made from.
+One row a step and target, for a 4096 × 4096 matrix with scales in blocks of 64: registers of a lane, how many of them
+were spilled, bytes of shared memory of a program, loads a weight, bits that a lane stores at once. Nothing is timed:
+this is what the predictions in nf4_kernels.py were made from.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ _HIP_BITS = {"byte": 8, "short": 16, "dword": 32}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel for one target. Bytes of shared memory are a program's, registers and bytes spilled a lane's."""
+    """A kernel for one target. Bytes of shared memory are a program's, registers and spilled registers a lane's."""
 
     target: str
     registers: int
     shared: int
-    spilled: int
+    spilled: int  # registers that were put aside in memory for want of others
     assembly: str  # PTX for CUDA, GCN assembly for HIP
     machine: str  # SASS for CUDA, the same assembly for HIP
 
@@ -73,14 +73,14 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
 
 
 def _cuda(target: str, compiled: Any) -> Compiled:
-    """Registers and stack from the binary itself. These kernels have no arrays, so what is on the stack was spilled."""
+    """From the binary itself. These kernels have no arrays, so every store to local memory (STL) is of a register."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage, machine = (_cuobjdump(option, binary) for option in ("-res-usage", "-sass"))
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    spilled = found["STACK"] + found["LOCAL"]
-    return Compiled(target, found["REG"], compiled.metadata.shared, spilled, compiled.asm["ptx"], machine)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    spilled = len(re.findall(r"\bSTL\b", machine))
+    return Compiled(target, registers, compiled.metadata.shared, spilled, compiled.asm["ptx"], machine)
 
 
 def _cuobjdump(option: str, binary: Path) -> str:
@@ -89,8 +89,9 @@ def _cuobjdump(option: str, binary: Path) -> str:
 
 
 def _hip(target: str, compiled: Any) -> Compiled:
-    """The notes at the end of the assembly; a spilled vector register has 4 bytes in each lane."""
+    """From the notes at the end of the assembly."""
     assembly = compiled.asm["amdgcn"]
     found = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
-    spilled = 4 * found["vgpr_spill_count"]
-    return Compiled(target, found["vgpr_count"], compiled.metadata.shared, spilled, assembly, assembly)
+    return Compiled(
+        target, found["vgpr_count"], compiled.metadata.shared, found["vgpr_spill_count"], assembly, assembly
+    )

@@ -8,8 +8,10 @@
 **How one file is two things.** `@triton.jit` decides when a file is loaded: compiled, or interpreted if the setting
 `triton.knobs.runtime.interpret` is on at that moment. So `load` runs a kernel file once under either setting, and both
 copies live side by side. The environment variable TRITON_INTERPRET=1 is not needed, and should not be set: it turns
-Triton's own library into interpreted functions too, and then nothing can be compiled in that process. A kernel file
-imports triton and nothing else: from another kernel file it would get compiled helpers, which the interpreter refuses.
+Triton's own library into interpreted functions for good, and then nothing can be compiled in that process. Part of
+that library (`tl.max`, `tl.sum`, `tl.cdiv`, `tl.rand`) is written in Triton itself; while an interpreted kernel runs,
+`_interpreted_library` puts interpreted versions in its place. Two rules for kernel files follow: they import triton and
+no other kernel file, and they write `tl.max(x)`, not `x.max()`.
 
 **What the interpreter does not show.** It runs one program after the other, so a race between programs goes unseen; it
 does not notice a load or store outside of a tensor; and its bfloat16 is wrong (Triton 3.7 truncates instead of
@@ -20,12 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 BACKENDS = ("torch", "triton", "interpreter")
@@ -79,16 +82,56 @@ class Launch:
         """On that device and its current stream. An empty grid, which CUDA refuses, launches nothing."""
         if 0 in self.grid:
             return
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            if type(self.kernel).__module__ == "triton.runtime.interpreter":
+                stack.enter_context(_interpreted_library())
             self.kernel[self.grid](*self.arguments, **self.options)
+
+
+@contextlib.contextmanager
+def _interpreted_library() -> Iterator[None]:
+    """While inside, the functions of triton.language that are written in Triton are interpreted ones.
+
+    Their calls patch `triton.language.core` and leave it so; patched here first, it is as before at the end. NumPy
+    does not warn of overflow and NaN, as a GPU does not."""
+    from triton.language import standard
+    from triton.runtime.interpreter import _patch_lang
+
+    functions = _library_functions()
+    core = _patch_lang(standard.cdiv.fn)
+    for module, name, _, interpreted in functions:
+        setattr(module, name, interpreted)
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        for module, name, compiled, _ in functions:
+            setattr(module, name, compiled)
+        core.restore()
+
+
+@cache
+def _library_functions() -> list[tuple[ModuleType, str, Any, Any]]:
+    """(module, name, compiled, interpreted); a function that has several names is the same object under all of them."""
+    import triton.experimental.gluon  # noqa: F401  (imported by Triton at a first launch; it insists on compiled ones)
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    modules = (language, language.standard, language.random)
+    found = [(m, name, f) for m in modules for name, f in vars(m).items() if isinstance(f, JITFunction)]
+    interpreted = {f: InterpretedFunction(f.fn) for _, _, f in found}
+    return [(module, name, f, interpreted[f]) for module, name, f in found]
 
 
 def operator(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Register `torch.ops.minift.<name>` for every device, so that torch.compile sees one opaque operation.
 
-    `fake` makes the result's shape and type without its numbers. Defined directly in a library: a call through
-    `torch.library.custom_op` costs about three times as much. An opaque operation also keeps its roundings: the compiler
-    cannot fuse a product in it with a sum. There is no gradient formula: what is registered here is not differentiated.
+    `fake` makes the result's shape and type without its numbers. Defined directly in a library, because a call through
+    `torch.library.custom_op` costs about three times as much. An opaque operation also keeps its roundings: the
+    compiler cannot fuse a product in it with a sum. There is no gradient formula: nothing here is differentiated.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

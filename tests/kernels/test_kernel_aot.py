@@ -26,7 +26,7 @@ def compiled(target, **settings):
 def test_the_kernel_that_is_launched(target, nested, dtype):
     """16 bytes a store and nothing narrower, no detour through shared memory, nothing spilled, nothing fused."""
     found = compiled(target, dtype=dtype, nested_block_size=nested)
-    print(f"{target} {dtype} nested {nested}: {found.registers} registers, {found.spilled} bytes spilled")
+    print(f"{target} {dtype} nested {nested}: {found.registers} registers, {found.spilled} spilled")
     stores = found.widths("store")
     assert stores and set(stores) == {128}
     assert found.widths("load")

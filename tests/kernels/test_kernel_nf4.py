@@ -31,7 +31,6 @@ from minift_kernels.backend import Launch
 from minift_kernels.quant import nf4
 from minift_kernels.quant.double_quant import DoubleQuantizedScales
 from nn.checks import kill_matrix
-from quant.trouble import BNB_THRESHOLDS, battery
 from wrong_kernels import wrong_nf4
 
 LADDER = range(1, 9)
@@ -155,24 +154,6 @@ def test_shape_comes_back(backend, shape, rng):
     assert q.shape == shape and found.dtype == torch.float32 and found.is_contiguous()
     assert bits(found.reshape(-1)) == reference.dequantize(reference.quantize(w)).tobytes()
     assert tuple(found.shape) == shape
-
-
-def test_quantize_is_the_reference():
-    for name, w, block_size in battery(BNB_THRESHOLDS):
-        found, wanted = nf4.quantize(torch.tensor(w), block_size), reference.quantize(w, block_size)
-        assert bits(found.codes) == wanted.codes.tobytes(), name
-        assert bits(found.absmax) == wanted.absmax.tobytes(), name
-        assert found.shape == wanted.shape and found.block_size == wanted.block_size
-
-
-def test_quantize_takes_any_layout_and_refuses_what_is_not_finite(rng):
-    w = torch.tensor(rng.standard_normal((64, 33)), dtype=torch.float32)
-    assert bits(nf4.quantize(w.T).codes) == bits(nf4.quantize(w.T.contiguous()).codes)
-    w[3, 4] = torch.inf
-    with pytest.raises(ValueError, match=r"cannot quantize inf at index \(3, 4\) \(1 of 2,112 elements"):
-        nf4.quantize(w)
-    with pytest.raises(ValueError, match="quantize has no kernel: needed 'torch' or None"):
-        nf4.quantize(w, backend="interpreter")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 64])

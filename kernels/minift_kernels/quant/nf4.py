@@ -28,6 +28,7 @@ from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
 
 KERNELS = "minift_kernels.quant.nf4_kernels"
+QUANTIZE_KERNELS = "minift_kernels.quant.nf4_quantize_kernels"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -130,21 +131,36 @@ def quantize(w: Float[Tensor, "*shape"], block_size: int = 64, *, backend: str |
     """NF4 codes and block scales: a = max |w|, and the number of thresholds strictly below fl(w · fl(1/a)).
 
     `w` is of any shape, layout and floating type, and is rounded to float32 first. `block_size` is one of 32 … 4096;
-    the last block may be short. There is no kernel yet: quantizing is done once, and `backend` may be None or "torch".
-    Raises ValueError for NaN and infinities, and for other block sizes."""
+    the last block may be short. Raises ValueError for NaN and infinities, and for other block sizes."""
     check_block_size(block_size)
-    if backend not in (None, "torch"):
-        raise ValueError(f"backend: {backend!r}, but quantize has no kernel: needed 'torch' or None")
-    n = w.numel()
-    blocks = block_count(n, block_size)
-    flat = w.detach().reshape(-1).to(torch.float32)
-    rows = torch.nn.functional.pad(flat, (0, blocks * block_size - n)).view(blocks, block_size)
-    absmax = rows.abs().amax(dim=1)
+    how = backends.choose(backend, w.device, w.dtype)
+    n, flat = w.numel(), w.detach().reshape(-1)
+    if how == "torch":
+        codes, absmax = _encode_torch(flat, block_size)
+    else:
+        codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+        absmax = torch.empty(block_count(n, block_size), dtype=torch.float32, device=w.device)
+        quantize_launch(codes, absmax, flat, block_size, how).run(w.device)
     if not torch.isfinite(absmax).all():
         blockwise.refuse_non_finite(w.detach().double().cpu().numpy())
+    return NF4Tensor(codes, absmax, tuple(w.shape), block_size)
+
+
+def _encode_torch(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    n, blocks = flat.numel(), block_count(flat.numel(), block_size)
+    rows = torch.nn.functional.pad(flat.to(torch.float32), (0, blocks * block_size - n)).view(blocks, block_size)
+    absmax = rows.abs().amax(dim=1)
     scaled = rows * (1 / absmax.clamp(min=float(TINY)))[:, None]
-    codes = torch.bucketize(scaled, _constant(MIDPOINTS.tobytes(), w.device), out_int32=True)
-    return NF4Tensor(pack(codes.to(torch.uint8).view(-1)[:n]), absmax, tuple(w.shape), block_size)
+    codes = torch.bucketize(scaled, _constant(MIDPOINTS.tobytes(), flat.device), out_int32=True)
+    return pack(codes.to(torch.uint8).view(-1)[:n]), absmax
+
+
+def quantize_launch(codes: Tensor, absmax: Tensor, w: Tensor, block_size: int, backend: str) -> Launch:
+    """The codes and scales of the vector `w` into two contiguous tensors."""
+    kernels = backends.load(QUANTIZE_KERNELS, backend)
+    grid = (-(-w.numel() // kernels.TILE),)
+    options = {"BLOCK_SIZE": block_size, "TILE": kernels.TILE, "num_warps": kernels.WARPS, **kernels.OPTIONS}
+    return Launch(kernels.quantize, grid, (codes, absmax, w.contiguous(), w.numel(), codes.numel()), options)
 
 
 def dequantize(
