@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -46,6 +47,12 @@ def test_one_file_is_loaded_twice():
         assert type(getattr(compiled, name)) is JITFunction
         assert type(getattr(interpreted, name)) is InterpretedFunction
     assert backend.load(nf4.KERNELS, "triton") is compiled
+
+
+def test_tritons_own_functions_are_as_before():
+    """`tl.max` is written in Triton: interpreted while an interpreted kernel runs, compiled again afterwards."""
+    nf4.quantize(torch.ones(65), backend="interpreter")
+    assert type(tl.max) is JITFunction and tl.max is tl.standard.max
 
 
 def test_an_empty_grid_launches_nothing():
