@@ -1,29 +1,16 @@
 """`minift convert`, and what `minift info` and `--adapter` say about adapters of every kind."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from minift.cli import main
 from minift.io import load_adapter, load_model, load_tokenizer, save_adapter, save_mlx_adapter
 from minift.models import llama
 from minift.nn.weight import replace, trainable
 from minift.peft import lora
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*arguments):
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        lines = captured.out.splitlines()
-        return status, json.loads(lines[-1]) if "--json" in arguments and status == 0 else None, captured
-
-    return call
 
 
 @pytest.fixture(scope="module")
