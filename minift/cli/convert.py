@@ -34,7 +34,7 @@ class Convert:
 
     An adapter stays what it was to the last bit of float32, where one rank and one scale serve all its layers, as
     mlx-lm has it; else smaller ranks are filled up with zeros, and scales go into the matrices. A model in 4 bits is
-    decoded. What is written loads in PEFT, mlx-lm and transformers.
+    decoded. What is written loads in PEFT and transformers; for mlx-lm it follows that library's format.
     """
 
     source: Annotated[str, tyro.conf.Positional]
