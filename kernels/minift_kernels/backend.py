@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 BACKENDS = ("torch", "triton", "interpreter")
 
@@ -71,12 +72,15 @@ def load(file: str, backend: str) -> ModuleType:
 class Launch:
     """A launch that has not happened yet: the kernel, how many programs, and what they are given.
 
-    What is compiled ahead of time (`aot.compile_launch`) is then exactly what would be launched."""
+    What is compiled ahead of time (`aot.compile_launch`) is then exactly what would be launched. A kernel's first
+    arguments are what it writes; so a test can put guards around them without knowing the kernel."""
 
     kernel: Any  # a function of a kernel file
     grid: tuple[int, ...]
     arguments: tuple
     options: dict[str, Any] = field(default_factory=dict)  # constexpr arguments, num_warps and the like
+    outputs: int = 1  # how many of the first arguments are written: every element of them, exactly once
+    in_place: bool = False  # whether they are read as well
 
     def run(self, device: torch.device) -> None:
         """On that device and its current stream. An empty grid, which CUDA refuses, launches nothing."""
@@ -126,15 +130,42 @@ def _library_functions() -> list[tuple[ModuleType, str, Any, Any]]:
     return [(module, name, f, interpreted[f]) for module, name, f in found]
 
 
-def operator(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def operator(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    save: Callable | None = None,
+) -> Callable:
     """Register `torch.ops.minift.<name>` for every device, so that torch.compile sees one opaque operation.
 
     `fake` makes the result's shape and type without its numbers. Defined directly in a library, because a call through
     `torch.library.custom_op` costs about three times as much. An opaque operation also keeps its roundings: the
-    compiler cannot fuse a product in it with a sum. There is no gradient formula: nothing here is differentiated.
+    compiler cannot fuse a product in it with a sum.
+
+    `save(ctx, inputs, output)` keeps what `backward(ctx, *cotangents)` needs, which gives a cotangent or None for every
+    input. Without the two there is no gradient: the operation is a constant to autograd, or the backward pass itself.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minift::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"minift::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.minift, name).default
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., d) as a matrix (N, d) whose rows' elements are neighbors in memory; without a copy where it can be."""
+    matrix = x.reshape(-1, x.shape[-1])
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def widened(x: Tensor) -> Tensor:
+    """16-bit numbers in float32, in which kernels compute; float32 and float64 as they are."""
+    return x.to(torch.float32) if x.element_size() == 2 else x
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not less than n: what `tl.arange` can count to."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -8,7 +8,8 @@ import numpy as np
 
 from minift.conformance.bounds import gamma, unit_roundoff
 
-ELEMENTARY = 8  # u: exp, log, tanh, sin, cos of NumPy and of C libraries are within 4 units in the last place
+ELEMENTARY = 8  # u: exp, log, tanh, sin, cos of NumPy, of C libraries and of GPUs are within 4 units in the last place
+QUOTIENT = 5  # u: division and root are rounded correctly on a CPU; a GPU's fast ones are within 2 units
 
 
 class Ball:
@@ -38,6 +39,15 @@ class Ball:
         u = n * (unit_roundoff(self.dtype) + 2.0**-53)
         tiny = float(np.finfo(self.dtype).smallest_subnormal)
         return Ball(value, self.dtype, radius + u * (np.abs(value) + radius) + n * tiny)
+
+    def stored(self, dtype: str) -> Ball:
+        """Rounded once more, to the type that it is kept in: "float16", "bfloat16", or the type of the arithmetic."""
+        if dtype == self.dtype.name:
+            return self
+        u, tiny = (2.0**-8, 2.0**-133) if dtype == "bfloat16" else (2.0**-11, 2.0**-24)
+        kept = Ball(self.value, np.float32 if dtype == "bfloat16" else np.float16)
+        kept.radius = self.radius + u * (np.abs(self.value) + self.radius) + tiny
+        return kept
 
     def _exact(self, move: Callable) -> Ball:
         return Ball(move(self.value), self.dtype, move(self.radius))
@@ -69,7 +79,7 @@ class Ball:
         if not (nearest > 0).all():
             raise ValueError("a divisor's ball contains 0")
         value = self.value / b.value
-        return self._rounded(value, (self.radius + np.abs(value) * b.radius) / nearest)
+        return self._rounded(value, (self.radius + np.abs(value) * b.radius) / nearest, QUOTIENT)
 
     def __rtruediv__(self, other):
         return self._lift(other) / self
@@ -99,7 +109,7 @@ class Ball:
 
     def sqrt(self) -> Ball:
         value, lowest = np.sqrt(self.value), np.sqrt(np.maximum(self.value - self.radius, 0))
-        return self._rounded(value, self.radius / np.maximum(value + lowest, np.finfo(np.float64).tiny))
+        return self._rounded(value, self.radius / np.maximum(value + lowest, np.finfo(np.float64).tiny), QUOTIENT)
 
     def exp(self) -> Ball:
         value = np.exp(self.value)

@@ -160,7 +160,7 @@ def quantize_launch(codes: Tensor, absmax: Tensor, w: Tensor, block_size: int, b
     kernels = backends.load(QUANTIZE_KERNELS, backend)
     grid = (-(-w.numel() // kernels.TILE),)
     options = {"BLOCK_SIZE": block_size, "TILE": kernels.TILE, "num_warps": kernels.WARPS, **kernels.OPTIONS}
-    return Launch(kernels.quantize, grid, (codes, absmax, w.contiguous(), w.numel(), codes.numel()), options)
+    return Launch(kernels.quantize, grid, (codes, absmax, w.contiguous(), w.numel(), codes.numel()), options, outputs=2)
 
 
 def dequantize(
