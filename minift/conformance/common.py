@@ -40,7 +40,7 @@ def within(
     y, vjp = f(*args)
     balls[0].stored(dtype).check(y, "y")
     cotangents = as_tuple(vjp(dy))
-    assert len(cotangents) == len(balls) - 1, f"the pullback gives {len(cotangents)} cotangents, needed {len(balls) - 1}"
+    assert len(cotangents) == len(balls) - 1, f"{len(cotangents)} cotangents, needed {len(balls) - 1}"
     for position, (found, ball) in enumerate(zip(cotangents, balls[1:], strict=True)):
         if ball is not None:
             ball.stored(dtype).check(found, f"the cotangent of argument {position}")

@@ -38,8 +38,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Functions under the names of operations, and the dtypes that they promise. `ours`: a failure is a bug of minift's.
+    """Functions under the names of operations, and the dtypes that they promise.
 
+    `ours`: a failure is a bug of minift's.
     `missing` says why there is nothing to run here, for instance that a package is not installed."""
 
     name: str

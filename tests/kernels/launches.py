@@ -50,7 +50,7 @@ def replaced(name, kernel, **options):
 
 
 def version(f, name, kernel, what, also=()):
-    """`f(*args) -> y, vjp` with the kernel of this name replaced by `kernel` with WRONG = what, in both passes, guarded.
+    """`f(*args) -> y, vjp` with the kernel of this name replaced by one with WRONG = what, in both passes, guarded.
 
     With WRONG = "nothing" it must be right, or what rejects the others says nothing."""
 

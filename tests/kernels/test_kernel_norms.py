@@ -1,4 +1,4 @@
-"""The norms in torch and Triton: the properties of the suite, guards around every launch, wrong versions, compilation."""
+"""The norms in torch and Triton: the properties, guards around every launch, wrong versions, compilation."""
 
 import functools
 

@@ -97,7 +97,7 @@ def _backward(
 
 
 def backward_launch(
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, ...],
     dy: Tensor,
     x: Tensor,
     gain: Tensor,

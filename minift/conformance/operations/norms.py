@@ -81,9 +81,9 @@ FIXED = (
 def _properties(oracle: Callable, n_parameters: int) -> tuple:
     """For a norm with this many parameters beside x."""
 
-    def given(case):
-        x, gain, shift, dy = arrays(case)
-        return (x, gain, shift)[: 1 + n_parameters], dy
+    def given(case: Rows) -> tuple[list[np.ndarray], np.ndarray]:
+        *args, dy = arrays(case)
+        return args[: 1 + n_parameters], dy
 
     def with_eps(f):
         return lambda *args: f(*args, EPS)
