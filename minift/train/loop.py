@@ -124,9 +124,11 @@ def fit(
 
     def save() -> None:
         if folder is not None:
-            state = (engine.fetch(part) for part in (arrays, optimizer.m, optimizer.v))
+            parameters, m, v = (engine.fetch(part) for part in (arrays, optimizer.m, optimizer.v))
             best_or_none = best_loss if math.isfinite(best_loss) else None
-            checkpoint.save(folder, checkpoint.Checkpoint(optimizer.step, identity, *state, best, best_or_none))
+            checkpoint.save(
+                folder, checkpoint.Checkpoint(optimizer.step, identity, parameters, m, v, best, best_or_none)
+            )
 
     with _Log(folder, records, report) as log, _stop_signals() as stopped:
 

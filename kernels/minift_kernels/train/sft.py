@@ -33,8 +33,8 @@ def loss(
     counts reach the head."""
     device = dense(params[llama.EMBEDDING]).device
 
-    def moved(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.asarray(array, np.int64)).to(device)
+    def moved(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(array, np.int64)).to(device)
 
     next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
     rows, positions = np.nonzero(next_labels != IGNORE_INDEX)
@@ -42,7 +42,7 @@ def loss(
         params,
         moved(batch.tokens),
         config,
-        segments=moved(batch.segments),
+        segments=None if batch.segments is None else moved(batch.segments),
         dropout_key=dropout_key,
         recompute=recompute,
         dtype=dtype,
