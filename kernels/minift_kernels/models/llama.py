@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from minift.models import generation
 from minift.models.llama import EMBEDDING, FUSED, HEAD, LINEAR_MODULES, Config, head_name
 from minift_kernels import backend as backends
-from minift_kernels.nn.attention import KVCache, attention, causal_mask, tile_map
+from minift_kernels.nn.attention import KVCache, Tiles, attention, causal_mask, tile_map
 from minift_kernels.nn.dropout import fold_in
 from minift_kernels.nn.embedding import embedding
 from minift_kernels.nn.linear import linear
@@ -45,7 +45,7 @@ class _Pass:
     cos: Float[Tensor, "batch tokens half"]
     sin: Float[Tensor, "batch tokens half"]
     visible: Bool[Tensor, "batch tokens keys"]
-    tiles: Any  # a summary of `visible` for the attention kernel; None in plain PyTorch
+    tiles: Tiles | None  # of `visible`, for the attention kernel; None in plain PyTorch
     backend: str | None
 
 
@@ -235,5 +235,4 @@ def _layout(x, config, segments, prefix, cache, backend) -> _Pass:
     omega = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(x.device)
     cos, sin = rotations(positions, omega, backends.widened(x[:0]).dtype)  # 16-bit angles would be 16-bit rotations
     visible = causal_mask(slots, int(before.max()) + tokens, segments)
-    how = backends.choose(backend, x.device, x.dtype)
-    return _Pass(cos, sin, visible, None if how == "torch" else tile_map(visible), backend)
+    return _Pass(cos, sin, visible, tile_map(visible, config.head_dim, x.dtype, backend=backend), backend)
