@@ -36,7 +36,7 @@ def model(config=CONFIG, kind="full", seed=0, dtype=np.float64):
         return params
     attach = qlora.attach if kind == "qlora" else lora.attach
     adapted = attach(params, r=3, lora_alpha=7, lora_dropout=0.25, rng=rng)
-    learned = {n: rng.standard_normal(a.shape).astype(a.dtype) for n, a in trainable(adapted).items()}
+    learned = {n: (0.2 * rng.standard_normal(a.shape)).astype(a.dtype) for n, a in trainable(adapted).items()}
     return weight_replace(adapted, learned)
 
 

@@ -58,4 +58,4 @@ def loss(
         found = torch.autograd.grad(value, list(learned.values()), torch.full_like(value, dloss))
         return dict(zip(learned, found, strict=True))
 
-    return value, vjp
+    return value.detach(), vjp
