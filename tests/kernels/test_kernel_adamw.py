@@ -216,28 +216,27 @@ def test_more_than_an_outsider_promises():
 # Wrong versions.
 
 
-def flattens_in_memory_order(theta, gradient, *rest):
-    return step_with("interpreter")(theta, np.ravel(gradient, order="K").reshape(theta.shape), *rest)
-
-
 def test_kill_matrix_of_the_formula():
-    properties = [*IN_PLACE.properties, has_the_references_bits, one_step_beyond_32_bits]
-    cases = [Step((5, 7)), Step((6,), 2, "float16")]
+    layout = IN_PLACE.properties[5]
+    properties = [p for p in IN_PLACE.properties if p is not layout]
+    properties += [has_the_references_bits, one_step_beyond_32_bits]
+    cases = [Step((5, 7))]
     for prop in properties:
-        for case in cases:
-            prop(step_with("interpreter", what="nothing"), case)
-    versions = [step_with("interpreter", what=what) for what in wrong_adamw.FORMULA]
-    killed = kill_matrix(properties, [*versions, flattens_in_memory_order], cases)
+        prop(step_with("interpreter", what="nothing"), cases[0])
+    killed = kill_matrix(properties, [step_with("interpreter", what=what) for what in wrong_adamw.FORMULA], cases)
     assert {prop for prop, what in killed if what == "32 bits"} == {"one_step_beyond_32_bits"}
-    assert {prop for prop, what in killed if what == "fast quotient"} <= {"has_the_references_bits"}
+    assert {prop for prop, what in killed if what == "fast quotient"} == {"has_the_references_bits"}
     assert ("decay_is_apart_from_the_gradient", "L2") in killed
+
+    def flattens_in_memory_order(theta, gradient, *rest):  # which a kernel is spared: it is given what is contiguous
+        return reference.adamw_2(theta, np.ravel(gradient, order="K").reshape(theta.shape), *rest)
+
+    kill_matrix([layout], [flattens_in_memory_order], cases)
 
 
 def test_kill_matrix_of_the_table():
-    refuses = operations.refuses_before_anything_moves  # has nothing to do with a kernel
-    properties = [p for p in OPTIMIZER.properties if p is not refuses]
-    properties += [goes_on_where_the_reference_stopped, an_update_beyond_32_bits]
-    cases = [Run(((3, 4), (5,), (0, 2), (), (1025,), (33, 32)))]
+    properties = [*OPTIMIZER.properties[:3], goes_on_where_the_reference_stopped, an_update_beyond_32_bits]
+    cases = [Run(((3, 4), (5,), (1025,)))]
     for prop in properties:
         prop(optimizer_with("nothing"), cases[0])
     killed = kill_matrix(properties, [optimizer_with(what) for what in wrong_adamw.TABLE], cases)
@@ -245,15 +244,63 @@ def test_kill_matrix_of_the_table():
     assert ("only_matrices_decay", "vectors decay") in killed
 
 
+class StepOfItsOwn(reference.AdamW):
+    """Counts from its own beginning, so that after a pause the moments are corrected as if they were new."""
+
+    def __init__(self, *state):
+        super().__init__(*state)
+        self.given, self.step = self.step, 0
+
+
+class NewArrays(reference.AdamW):
+    """Puts new arrays in place of those that it was given."""
+
+    def update(self, arrays, gradients, learning_rate):
+        own = operations.copies(arrays)
+        super().update(own, gradients, learning_rate)
+        arrays.update(own)
+
+
+class ClearsGradients(reference.AdamW):
+    def update(self, arrays, gradients, learning_rate):
+        super().update(arrays, gradients, learning_rate)
+        for g in gradients.values():
+            g.fill(0)
+
+
+class CountsWhatItRefuses(reference.AdamW):
+    def update(self, arrays, gradients, learning_rate):
+        self.step += arrays.keys() != gradients.keys()
+        super().update(arrays, gradients, learning_rate)
+
+
+class SkipsWhatHasNoGradient(reference.AdamW):
+    def update(self, arrays, gradients, learning_rate):
+        both = arrays.keys() & gradients.keys()
+        super().update({n: a for n, a in arrays.items() if n in both}, {n: gradients[n] for n in both}, learning_rate)
+
+
+def test_kill_matrix_of_the_state():
+    """What is wrong around the kernel, tried on the reference."""
+    versions = [StepOfItsOwn, NewArrays, ClearsGradients, CountsWhatItRefuses, SkipsWhatHasNoGradient]
+    kill_matrix(OPTIMIZER.properties[3:], versions, [Run(((3, 4), (5,)))])
+
+
 def test_kill_matrix_of_the_length():
-    leaves = operations.leaves_the_given_gradients  # its gradients are read-only to the guard
+    leaves = CLIPPING.properties[1]
     properties = [p for p in CLIPPING.properties if p is not leaves]
     properties += [the_length_is_tighter, squares_beyond_32_bits]
-    cases = [Clip(0.5), Clip(1.5, 1.0, "float16", 1)]
     for prop in properties:
-        for case in cases:
-            prop(clip_with("nothing"), case)
-    kill_matrix(properties, [clip_with(what) for what in wrong_adamw.SQUARES], cases)
+        prop(clip_with("nothing"), Clip(0.5))
+    kill_matrix(properties, [clip_with(what) for what in wrong_adamw.SQUARES], [Clip(0.5)])
+
+    def in_place(gradients, max_norm):  # which a kernel cannot do: the guard lets it read gradients only
+        clipped, norm = reference.clip_by_global_norm(gradients, max_norm)
+        for name, g in gradients.items():
+            g[...] = clipped[name]
+        return gradients, norm
+
+    kill_matrix([leaves], [in_place], [Clip(0.5)])
 
 
 # What only the twin has.
@@ -353,7 +400,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles(target, dtype):
     """In words of 16 bytes (a 16-bit parameter: 8), nothing spilled, no detour, nothing fused, quotients exact."""
     empty = functools.partial(torch.empty, device="meta")

@@ -16,6 +16,8 @@ FORMULA = (
     "m not corrected",
     "v not corrected",
     "no square",  # v of |g|
+    "one-sided",  # v of gradients above 0
+    "one v",  # the mean of a tile's squares
     "m sums up",  # β₁ m + g
     "betas swapped",
     "float16 moments",  # m rounded to 16 bits
@@ -72,15 +74,17 @@ def step_at(
         correction2 = 1.0
     first = tl.load(m, mask=inside) * beta1 + g * (1.0 if WRONG == "m sums up" else rest1)
     second = tl.load(v, mask=inside) * beta2 + g * rest2 * (tl.where(g < 0, -1.0, 1.0) if WRONG == "no square" else g)
+    if WRONG == "one-sided":
+        second = tl.load(v, mask=inside) * beta2 + tl.where(g > 0, g * rest2 * g, 0.0)
+    if WRONG == "one v":
+        squares = tl.where(inside, g * g, 0.0)
+        second = tl.load(v, mask=inside) * beta2 + rest2 * tl.sum(squares, axis=0) / tl.sum(inside.to(tl.int32), axis=0)
     if WRONG == "float16 moments":
         first = first.to(tl.float16).to(tl.float32)
     v_hat = tl.math.div_rn(second, zero + correction2)
     denominator = tl.math.sqrt_rn(v_hat + eps) if WRONG == "eps inside" else tl.math.sqrt_rn(v_hat) + eps
     a = tl.math.div_rn(first, zero + correction1) * learning_rate
-    if WRONG == "fast quotient":
-        a = a * tl.math.div_rn(zero + 1.0, denominator)
-    else:
-        a = tl.math.div_rn(a, denominator)
+    a = a * tl.math.div_rn(zero + 1, denominator) if WRONG == "fast quotient" else tl.math.div_rn(a, denominator)
     if WRONG == "rounded early":
         a = a.to(tl.float16).to(tl.float32)
     moved = (wide - a) * shrink if WRONG == "decay afterwards" else wide * shrink - a

@@ -1,10 +1,11 @@
 """AdamW on torch tensors: the twin of `minift.optim.adamw`, where the equations are.
 
 Parameters and gradients are float32 or 16 bits wide, moments float32; arithmetic is float32, with one more rounding to
-the type of a 16-bit parameter. float64 has float64 moments, in plain PyTorch only. On a GPU `AdamW.update` is one launch
-for all parameters of the same type, and float32 parameters are the reference's, bit for bit. Plain PyTorch comes as
-close as its operations: its root on a CPU is not always the nearest number, and on a GPU its quotient by a Python
-number is a product with the reciprocal.
+the type of a 16-bit parameter. float64 has float64 moments, in plain PyTorch only.
+
+On a GPU `AdamW.update` is one launch for all parameters of one type, and float32 parameters are the reference's, bit
+for bit. Plain PyTorch comes as close as its operations: its root on a CPU is not always the nearest number, and on a
+GPU its quotient by a Python number is a product with the reciprocal.
 
 What is updated here is a leaf of autograd: everything runs under `no_grad`, and the tensors' versions are counted up,
 so that a backward pass through a graph from before the step is refused by PyTorch instead of silently wrong.
@@ -41,9 +42,9 @@ def adamw_1(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step, as the paper writes it: θ, m, v -> θ′, m′, v′.     (Loshchilov & Hutter 2019, arXiv 1711.05101, alg. 2)
 
-        m′ = β₁ m + (1 − β₁) g        v′ = β₂ v + (1 − β₂) g²                                           (1)
-        m̂ = m′ / (1 − β₁ᵗ)            v̂ = v′ / (1 − β₂ᵗ)                                                (2)
-        θ′ = (1 − ηλ) θ − η m̂ / (√v̂ + ε)                                                                (3)
+    m′ = β₁ m + (1 − β₁) g        v′ = β₂ v + (1 − β₂) g²                                           (1)
+    m̂ = m′ / (1 − β₁ᵗ)            v̂ = v′ / (1 − β₂ᵗ)                                                (2)
+    θ′ = (1 − ηλ) θ − η m̂ / (√v̂ + ε)                                                                (3)
     """
     wide, g = backends.widened(theta), gradient.to(m.dtype)
     m = beta1 * m + (1 - beta1) * g
@@ -98,9 +99,7 @@ class AdamW:
     v: Tensors = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
-    def update(
-        self, arrays: Tensors, gradients: Tensors, learning_rate: float, *, backend: str | None = None
-    ) -> None:
+    def update(self, arrays: Tensors, gradients: Tensors, learning_rate: float, *, backend: str | None = None) -> None:
         """One step on every tensor, in place: the bits of `adamw_2` for each, in one launch for each pair of types of
         parameter and gradient. KeyError where a gradient has no tensor or a tensor no gradient; ValueError as
         `adamw_2`. Nothing has moved then."""
@@ -130,9 +129,7 @@ class AdamW:
         return sum(a.nbytes for moments in (self.m, self.v) for a in moments.values())
 
 
-def clip_by_global_norm(
-    gradients: Tensors, max_norm: float, *, backend: str | None = None
-) -> tuple[Tensors, float]:
+def clip_by_global_norm(gradients: Tensors, max_norm: float, *, backend: str | None = None) -> tuple[Tensors, float]:
     """Scale all gradients by one factor so that their common length is at most `max_norm`; returns the length before.
 
         g′ = g · min(1, max_norm / ‖g‖)    ‖g‖² = Σ over every tensor of Σ g²     (Pascanu et al. 2013, arXiv 1211.5063)
@@ -195,9 +192,7 @@ def _numbers(step, learning_rate, beta1, beta2, eps, weight_decay) -> list[float
     return [1 - learning_rate * weight_decay, learning_rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections]
 
 
-def step_launch(
-    theta: Tensor, m: Tensor, v: Tensor, gradient: Tensor, numbers: list[float], backend: str
-) -> Launch:
+def step_launch(theta: Tensor, m: Tensor, v: Tensor, gradient: Tensor, numbers: list[float], backend: str) -> Launch:
     """One step of one tensor, in place; everything is contiguous."""
     kernels = backends.load(KERNELS, backend)
     options = {"TILE": kernels.TILE, "num_warps": kernels.WARPS, **kernels.OPTIONS}
@@ -249,7 +244,9 @@ def squares_launch(partials: Tensor, gradients: list[Tensor], backend: str) -> L
 def _addresses(columns: list[list[Tensor]], tile: int) -> tuple[Tensor, Tensor, bool]:
     """`table` and `tiles` of `adamw_kernels`, on the tensors' device, and whether 16 divides every address."""
     first = columns[0]
-    rows = [[*(t.data_ptr() for t in row), row[0].numel(), int(row[0].dim() >= 2)] for row in zip(*columns, strict=True)]
+    rows = [
+        [*(t.data_ptr() for t in row), row[0].numel(), int(row[0].dim() >= 2)] for row in zip(*columns, strict=True)
+    ]
     aligned = all(address % 16 == 0 for row in rows for address in row[:4])
     table = torch.tensor(rows, dtype=torch.int64)
     if first[0].is_cuda:

@@ -137,13 +137,10 @@ _quantize = backends.operator(
 )
 
 
-def quantize_launch(
-    codes: Tensor, absmax: Tensor, x: Tensor, code: Tensor, block_size: int, backend: str, tile: int | None = None
-) -> Launch:
-    """Codes and scales of the vector `x` into two contiguous tensors. `tile` is for tests: a shorter one."""
+def quantize_launch(codes: Tensor, absmax: Tensor, x: Tensor, code: Tensor, block_size: int, backend: str) -> Launch:
+    """Codes and scales of the vector `x` into two contiguous tensors."""
     kernels = backends.load(KERNELS, backend)
-    largest, warps = kernels.QUANTIZE_TILE
-    tile = tile or largest
+    tile, warps = kernels.QUANTIZE_TILE
     steps = (code.numel() - 1).bit_length()
     missing = (1 << steps) - code.numel()  # thresholds are one less than entries
     thresholds = torch.nn.functional.pad(midpoints(code), (0, missing), value=torch.inf)
@@ -183,12 +180,11 @@ _dequantize = backends.operator(
 
 
 def dequantize_launch(
-    out: Tensor, codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, backend: str, tile: int | None = None
+    out: Tensor, codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, backend: str
 ) -> Launch:
-    """Equation (2) of `blockwise_kernels` into `out`, which is contiguous. `tile` is for tests: a shorter one."""
+    """Equation (2) of `blockwise_kernels` into `out`, which is contiguous."""
     kernels = backends.load(KERNELS, backend)
-    largest, warps = kernels.DEQUANTIZE_TILES[out.element_size()]
-    tile = tile or largest
+    tile, warps = kernels.DEQUANTIZE_TILES[out.element_size()]
     n = out.numel()
     arguments = out, codes.contiguous(), absmax.contiguous(), code.contiguous(), n, code.numel()
     width = min(block_size & -block_size, tile // 2)  # a power of two that divides the block size

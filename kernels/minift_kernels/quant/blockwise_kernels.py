@@ -16,7 +16,7 @@ of 32 lanes a clock if lanes never wait for each other, thus about as long as me
 
     code = 0;  for s = 128, 64, … 1:   if m[code + s − 1] < scaled:  code += s                                   (3)
 
-is exact for 2ᵏ − 1 thresholds. Shorter tables are filled up with infinity, and k is as small as can be: 4 for 16 entries.
+is exact for 2ᵏ − 1 thresholds. Shorter tables are filled up with infinity; k is as small as can be, 4 for 16 entries.
 
 **The reciprocal** must be the correctly rounded one (`div_rn`): a code hangs on the last bit of fl(x · fl(1/a)). It is
 computed once a block. No product here is part of a sum, so nothing can be fused; OPTIONS says so all the same.

@@ -178,7 +178,7 @@ def same_numbers(found, expected, what: str) -> None:
     common.same_bits(found + 0.0 * (found == 0), expected + 0.0 * (expected == 0), what)
 
 
-# --- the optimizer: f(beta1, beta2, eps, weight_decay, step, m, v) -> an AdamW on dictionaries of arrays ---------------
+# --- the optimizer: f(beta1, beta2, eps, weight_decay, step, m, v) -> an AdamW on dictionaries of arrays --------------
 
 
 class Run(NamedTuple):
@@ -247,17 +247,19 @@ def only_matrices_decay(f, case):
 
 
 def resumes_as_if_nothing_had_happened(f, case):
-    """Stopped after any of three steps, and continued from copies of arrays and state."""
+    """Three steps; and the same from copies of the arrays and the state after the first, and after the second."""
     whole, optimizer = start(case), f(*STATE, 0, {}, {})
+    stopped = []
     for step in (1, 2, 3):
         optimizer.update(whole, gradients_of(case, step), RATE)
-    for stop in (0, 1, 2, 3):
-        arrays, own = start(case), f(*STATE, 0, {}, {})
-        for step in (1, 2, 3):
-            if step == stop + 1:
-                own = f(*STATE, own.step, copies(own.m), copies(own.v))
-            own.update(arrays, gradients_of(case, step), RATE)
-        _same(arrays, whole, f"stopped after {stop} steps, θ")
+        stopped.append((copies(whole), (optimizer.step, copies(optimizer.m), copies(optimizer.v))))
+    for after, (arrays, state) in enumerate(stopped[:2], 1):
+        resumed = f(*STATE, *state)
+        for step in range(after + 1, 4):
+            resumed.update(arrays, gradients_of(case, step), RATE)
+        _same(arrays, whole, f"stopped after step {after}, θ")
+        for what in "mv":
+            _same(getattr(resumed, what), getattr(optimizer, what), f"stopped after step {after}, {what}")
 
 
 def writes_into_the_arrays_it_is_given(f, case):
@@ -288,7 +290,7 @@ def refuses_before_anything_moves(f, case):
     assert optimizer.step == 0, "a refused step was counted"
 
 
-# --- clipping: f(gradients, max_norm) -> gradients, norm ---------------------------------------------------------------
+# --- clipping: f(gradients, max_norm) -> gradients, norm --------------------------------------------------------------
 
 
 class Clip(NamedTuple):
