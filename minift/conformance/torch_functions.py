@@ -1,6 +1,8 @@
-"""A function on torch tensors, as the suite wants it: NumPy arrays in, `y, vjp` out.
+"""A function on torch tensors, as the suite wants it: NumPy arrays in, NumPy arrays out.
 
-The pullback is autograd's. Floating arguments ask for a gradient; what is no array (a number, a string) is handed on.
+`differentiable` gives `y, vjp`, whose pullback is autograd's: floating arguments ask for a gradient, and what is no
+array (a number, a string) is handed on. `on_tensors` is for what has no pullback and may overwrite its arguments, such
+as a step of an optimizer; `optimizer` for one with a state.
 """
 
 from __future__ import annotations
@@ -42,3 +44,72 @@ def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -
         return array(y), vjp
 
     return function
+
+
+def on_tensors(f: Callable, device: str = "cpu", bfloat16: tuple[int, ...] = ()) -> Callable:
+    """`f` of arrays, and of dictionaries of arrays, which it may overwrite; tensors in what it returns become arrays.
+
+    The arguments at the places `bfloat16` are converted on the way in and out; others have their arrays' types."""
+    import torch
+
+    def tensor(x: Any, narrow: bool) -> Any:
+        if isinstance(x, dict):
+            return {name: tensor(value, narrow) for name, value in x.items()}
+        if not isinstance(x, np.ndarray | np.generic):
+            return x
+        x = np.asarray(x)
+        own = x if x.flags.writeable and all(s >= 0 and s % x.itemsize == 0 for s in x.strides) else x.copy()
+        made = torch.from_numpy(own).to(device)
+        return made.to(torch.bfloat16) if narrow else made
+
+    def array(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: array(value) for name, value in x.items()}
+        if isinstance(x, tuple):
+            return tuple(map(array, x))
+        return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() if torch.is_tensor(x) else x
+
+    def write_back(x: Any, changed: Any) -> None:
+        if isinstance(x, dict):
+            for name in x:
+                write_back(x[name], changed[name])
+        elif isinstance(x, np.ndarray) and x.flags.writeable:
+            x[...] = array(changed)
+
+    def function(*args):
+        tensors = [tensor(a, place in bfloat16) for place, a in enumerate(args)]
+        result = f(*tensors)
+        for before, after in zip(args, tensors, strict=True):
+            write_back(before, after)
+        return array(result)
+
+    return function
+
+
+def optimizer(make: Callable, device: str = "cpu", bfloat16: bool = False, **options: Any) -> Callable:
+    """`make(beta1, beta2, eps, weight_decay, step, m, v)`, an optimizer of tensors, as one of arrays.
+
+    `options` go to every `update`. With `bfloat16` the parameters and gradients are converted, the moments never."""
+
+    class OfArrays:
+        def __init__(self, *settings):
+            *numbers, m, v = settings
+            self.inner = on_tensors(lambda m, v: [make(*numbers, m, v)], device)(m, v)[0]
+
+        @property
+        def step(self) -> int:
+            return self.inner.step
+
+        @property
+        def m(self) -> dict:
+            return on_tensors(lambda: self.inner.m)()
+
+        @property
+        def v(self) -> dict:
+            return on_tensors(lambda: self.inner.v)()
+
+        def update(self, arrays, gradients, learning_rate):
+            step = on_tensors(lambda *args: self.inner.update(*args, **options), device, (0, 1) if bfloat16 else ())
+            step(arrays, gradients, learning_rate)
+
+    return OfArrays
