@@ -261,7 +261,8 @@ def _mask_strides(x: Tensor) -> tuple[int, int]:
 
 
 def _neighbors(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Features of a row next to each other, and rows so near that offsets within a tile fit into 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
 def _like(x: Tensor) -> Tensor:

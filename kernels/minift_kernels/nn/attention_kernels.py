@@ -60,25 +60,28 @@ def configuration(element_size, BLOCK_D):
 
 
 @triton.jit
-def load_rows(x, row, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr):
-    """(rows, BLOCK_D) of a matrix with D columns, zeros beyond. ALL: the rows exist, so nothing need be compared."""
-    column = tl.arange(0, BLOCK_D)[None, :]
-    at = x + row[:, None] * stride + column
+def load_rows(
+    x, first, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr
+):  # fmt: skip
+    """(ROWS, BLOCK_D) from row `first` of a matrix with D columns, zeros beyond. ALL: the rows exist, so nothing need
+    be compared. Where the tile begins is a number of 64 bits, the same in all lanes; within it 32 are enough."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    at = x + first * stride + (row * stride + column)
     if ALL:
         if D == BLOCK_D:
             values = tl.load(at)
         else:
             values = tl.load(at, mask=column < D, other=0)
     else:
-        values = tl.load(at, mask=(row[:, None] < n_rows) & (column < D), other=0)
+        values = tl.load(at, mask=(row < n_rows - first) & (column < D), other=0)
     return values
 
 
 @triton.jit
-def store_rows(x, values, row, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    column = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row[:, None] < n_rows) & (column < D)
-    tl.store(x + row[:, None] * stride + column, values.to(x.dtype.element_ty), mask=inside)
+def store_rows(x, values, first, n_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = (row < n_rows - first) & (column < D)
+    tl.store(x + first * stride + (row * stride + column), values.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -97,55 +100,58 @@ def forward(
     v += batch * v_strides[0] + head // group * v_strides[1]
     visible += batch * visible_strides[0]
     lists += batch * list_strides[0] + tile * list_strides[1]
-    query = tile.to(tl.int64) * OWN + tl.arange(0, OWN)
-    questions = load_rows(q, query, tokens, q_strides[2], D, BLOCK_D, False)
+    query = tile.to(tl.int64) * OWN  # the first of them
+    questions = load_rows(q, query, tokens, q_strides[2], D, BLOCK_D, OWN, False)
     top = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     mean = tl.zeros((OWN, BLOCK_D), tl.float32)
     whole, part = tl.load(lists), tl.load(lists + 1)
     for i in range(0, whole):
-        key = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+        key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         top, total, mean = attend(
             top, total, mean, questions, query, key, k, v, visible, k_strides[2], v_strides[2], visible_strides[1],
-            tokens, keys, c, D, BLOCK_D, True,
+            tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
         )  # fmt: skip
     for i in range(whole, whole + part):
-        key = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+        key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         top, total, mean = attend(
             top, total, mean, questions, query, key, k, v, visible, k_strides[2], v_strides[2], visible_strides[1],
-            tokens, keys, c, D, BLOCK_D, False,
+            tokens, keys, c, D, BLOCK_D, OWN, STEP, False,
         )  # fmt: skip
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
     y += batch * y_strides[0] + head * y_strides[1]
-    store_rows(y, mean * (1 / total)[:, None], query, tokens, y_strides[2], D, BLOCK_D)
+    store_rows(y, mean * (1 / total)[:, None], query, tokens, y_strides[2], D, BLOCK_D, OWN)
     level = tl.where(nothing, 0.0, top + tl.log2(total))
-    tl.store(lse + (batch * heads + head) * tokens + query, level, mask=query < tokens)
+    row = tl.arange(0, OWN)
+    tl.store(lse + (batch * heads + head) * tokens + query + row, level, mask=row < tokens - query)
 
 
 @triton.jit
 def attend(
     top, total, mean, questions, query, key, k, v, visible, k_stride, v_stride, visible_stride, tokens, keys, c,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Equation (5) for one step."""
-    s = tl.dot(questions, tl.trans(load_rows(k, key, keys, k_stride, D, BLOCK_D, ALL)), input_precision="ieee") * c
+    s = tl.dot(questions, tl.trans(load_rows(k, key, keys, k_stride, D, BLOCK_D, STEP, ALL)), input_precision="ieee") * c
     if not ALL:
-        sees = load_mask(visible, query[:, None], key[None, :], tokens, keys, visible_stride)
+        row, column = tl.arange(0, OWN)[:, None], tl.arange(0, STEP)[None, :]
+        sees = load_mask(visible, query, key, row, column, tokens, keys, visible_stride)
         s = tl.where(sees, s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, axis=1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing yet: −∞ − −∞ is no number
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(top - base)
-    values = load_rows(v, key, keys, v_stride, D, BLOCK_D, ALL)
+    values = load_rows(v, key, keys, v_stride, D, BLOCK_D, STEP, ALL)
     mean = tl.dot(p.to(values.dtype), values, mean * shrink[:, None], input_precision="ieee")
     return higher, total * shrink + tl.sum(p, axis=1), mean
 
 
 @triton.jit
-def load_mask(visible, query, key, tokens, keys, stride):
-    """A tile of the mask; what is not there is not visible."""
-    return tl.load(visible + query * stride + key, mask=(query < tokens) & (key < keys), other=0) != 0
+def load_mask(visible, query, key, row, column, tokens, keys, stride):
+    """A tile of the mask, row a query and column a key of it; what is not there is not visible."""
+    there = (row < tokens - query) & (column < keys - key)
+    return tl.load(visible + query * stride + key + (row * stride + column), mask=there, other=0) != 0
 
 
 @triton.jit
@@ -165,45 +171,47 @@ def backward_q(
     v += batch * v_strides[0] + head // group * v_strides[1]
     visible += batch * visible_strides[0]
     lists += batch * list_strides[0] + tile * list_strides[1]
-    query = tile.to(tl.int64) * OWN + tl.arange(0, OWN)
-    questions = load_rows(q, query, tokens, q_strides[2], D, BLOCK_D, False)
+    query = tile.to(tl.int64) * OWN  # the first of them
+    questions = load_rows(q, query, tokens, q_strides[2], D, BLOCK_D, OWN, False)
     dy += batch * dy_strides[0] + head * dy_strides[1]
     y += batch * y_strides[0] + head * y_strides[1]
-    cotangent = load_rows(dy, query, tokens, dy_strides[2], D, BLOCK_D, False)
-    answer = load_rows(y, query, tokens, y_strides[2], D, BLOCK_D, False)
+    cotangent = load_rows(dy, query, tokens, dy_strides[2], D, BLOCK_D, OWN, False)
+    answer = load_rows(y, query, tokens, y_strides[2], D, BLOCK_D, OWN, False)
     projection = tl.sum(cotangent.to(tl.float32) * answer.to(tl.float32), axis=1)
-    at = (batch * heads + head) * tokens + query
-    tl.store(delta + at, projection, mask=query < tokens)
-    level = tl.load(lse + at, mask=query < tokens, other=0)
+    row = tl.arange(0, OWN)
+    at = (batch * heads + head) * tokens + query + row
+    tl.store(delta + at, projection, mask=row < tokens - query)
+    level = tl.load(lse + at, mask=row < tokens - query, other=0)
     result = tl.zeros((OWN, BLOCK_D), tl.float32)
     whole, part = tl.load(lists), tl.load(lists + 1)
     for i in range(0, whole):
-        key = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+        key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         result = differentiate_q(
             result, questions, cotangent, level, projection, query, key, k, v, visible, k_strides[2], v_strides[2],
-            visible_strides[1], tokens, keys, c, D, BLOCK_D, True,
+            visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
         )  # fmt: skip
     for i in range(whole, whole + part):
-        key = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+        key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         result = differentiate_q(
             result, questions, cotangent, level, projection, query, key, k, v, visible, k_strides[2], v_strides[2],
-            visible_strides[1], tokens, keys, c, D, BLOCK_D, False,
+            visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, False,
         )  # fmt: skip
     dq += batch * dq_strides[0] + head * dq_strides[1]
-    store_rows(dq, result * scale, query, tokens, dq_strides[2], D, BLOCK_D)
+    store_rows(dq, result * scale, query, tokens, dq_strides[2], D, BLOCK_D, OWN)
 
 
 @triton.jit
 def differentiate_q(
     result, questions, cotangent, level, projection, query, key, k, v, visible, k_stride, v_stride, visible_stride,
-    tokens, keys, c, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr,
+    tokens, keys, c, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """What one step's keys add to dq √d."""
-    tile_of_k = load_rows(k, key, keys, k_stride, D, BLOCK_D, ALL)
+    tile_of_k = load_rows(k, key, keys, k_stride, D, BLOCK_D, STEP, ALL)
     p = tl.exp2(tl.dot(questions, tl.trans(tile_of_k), input_precision="ieee") * c - level[:, None])
     if not ALL:
-        p = tl.where(load_mask(visible, query[:, None], key[None, :], tokens, keys, visible_stride), p, 0.0)
-    values = load_rows(v, key, keys, v_stride, D, BLOCK_D, ALL)
+        row, column = tl.arange(0, OWN)[:, None], tl.arange(0, STEP)[None, :]
+        p = tl.where(load_mask(visible, query, key, row, column, tokens, keys, visible_stride), p, 0.0)
+    values = load_rows(v, key, keys, v_stride, D, BLOCK_D, STEP, ALL)
     dp = tl.dot(cotangent, tl.trans(values), input_precision="ieee")
     ds = p * (dp - projection[:, None])
     return tl.dot(ds.to(tile_of_k.dtype), tile_of_k, result, input_precision="ieee")
@@ -224,11 +232,11 @@ def backward_kv(
     batch = (program // n_tiles // kv_heads).to(tl.int64)
     visible += batch * visible_strides[0]
     lists += batch * list_strides[0] + tile * list_strides[1]
-    key = tile.to(tl.int64) * OWN + tl.arange(0, OWN)
+    key = tile.to(tl.int64) * OWN  # the first of them
     k += batch * k_strides[0] + kv_head * k_strides[1]
     v += batch * v_strides[0] + kv_head * v_strides[1]
-    tile_of_k = load_rows(k, key, keys, k_strides[2], D, BLOCK_D, False)
-    values = load_rows(v, key, keys, v_strides[2], D, BLOCK_D, False)
+    tile_of_k = load_rows(k, key, keys, k_strides[2], D, BLOCK_D, OWN, False)
+    values = load_rows(v, key, keys, v_strides[2], D, BLOCK_D, OWN, False)
     dk_sum = tl.zeros((OWN, BLOCK_D), tl.float32)
     dv_sum = tl.zeros((OWN, BLOCK_D), tl.float32)
     whole, part = tl.load(lists), tl.load(lists + 1)
@@ -238,38 +246,41 @@ def backward_kv(
         dy_head = dy + batch * dy_strides[0] + head * dy_strides[1]
         at = (batch * kv_heads * group + head) * tokens
         for i in range(0, whole):
-            query = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+            query = tl.load(lists + 2 + i).to(tl.int64) * STEP
             dk_sum, dv_sum = differentiate_kv(
                 dk_sum, dv_sum, tile_of_k, values, query, key, q_head, dy_head, lse + at, delta + at, visible,
-                q_strides[2], dy_strides[2], visible_strides[1], tokens, keys, c, D, BLOCK_D, True,
+                q_strides[2], dy_strides[2], visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
             )  # fmt: skip
         for i in range(whole, whole + part):
-            query = tl.load(lists + 2 + i).to(tl.int64) * STEP + tl.arange(0, STEP)
+            query = tl.load(lists + 2 + i).to(tl.int64) * STEP
             dk_sum, dv_sum = differentiate_kv(
                 dk_sum, dv_sum, tile_of_k, values, query, key, q_head, dy_head, lse + at, delta + at, visible,
-                q_strides[2], dy_strides[2], visible_strides[1], tokens, keys, c, D, BLOCK_D, False,
+                q_strides[2], dy_strides[2], visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, False,
             )  # fmt: skip
     dk += batch * dk_strides[0] + kv_head * dk_strides[1]
     dv += batch * dv_strides[0] + kv_head * dv_strides[1]
-    store_rows(dk, dk_sum * scale, key, keys, dk_strides[2], D, BLOCK_D)
-    store_rows(dv, dv_sum, key, keys, dv_strides[2], D, BLOCK_D)
+    store_rows(dk, dk_sum * scale, key, keys, dk_strides[2], D, BLOCK_D, OWN)
+    store_rows(dv, dv_sum, key, keys, dv_strides[2], D, BLOCK_D, OWN)
 
 
 @triton.jit
 def differentiate_kv(
     dk_sum, dv_sum, tile_of_k, values, query, key, q, dy, lse, delta, visible, q_stride, dy_stride, visible_stride,
-    tokens, keys, c, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr,
+    tokens, keys, c, D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """What one step's queries add to dk √d and dv."""
-    questions = load_rows(q, query, tokens, q_stride, D, BLOCK_D, ALL)
-    level = tl.load(lse + query, mask=ALL | (query < tokens), other=0)
+    questions = load_rows(q, query, tokens, q_stride, D, BLOCK_D, STEP, ALL)
+    row = tl.arange(0, STEP)
+    there = ALL | (row < tokens - query)
+    level = tl.load(lse + query + row, mask=there, other=0)
     p = tl.exp2(tl.dot(tile_of_k, tl.trans(questions), input_precision="ieee") * c - level[None, :])
     if not ALL:
-        p = tl.where(load_mask(visible, query[None, :], key[:, None], tokens, keys, visible_stride), p, 0.0)
-    cotangent = load_rows(dy, query, tokens, dy_stride, D, BLOCK_D, ALL)
+        sees = load_mask(visible, query, key, row[None, :], tl.arange(0, OWN)[:, None], tokens, keys, visible_stride)
+        p = tl.where(sees, p, 0.0)
+    cotangent = load_rows(dy, query, tokens, dy_stride, D, BLOCK_D, STEP, ALL)
     dv_sum = tl.dot(p.to(cotangent.dtype), cotangent, dv_sum, input_precision="ieee")
     dp = tl.dot(values, tl.trans(cotangent), input_precision="ieee")
-    projection = tl.load(delta + query, mask=ALL | (query < tokens), other=0)
+    projection = tl.load(delta + query + row, mask=there, other=0)
     ds = p * (dp - projection[None, :])
     dk_sum = tl.dot(ds.to(questions.dtype), questions, dk_sum, input_precision="ieee")
     return dk_sum, dv_sum
