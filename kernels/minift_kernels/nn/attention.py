@@ -244,11 +244,11 @@ def backward_kv_launch(
 
 
 def _options(kernels, name: str, q: Tensor, sizes: list[int]) -> dict:
-    """Warps and stages of the table; tile sizes of the lists, which may be smaller."""
+    """Tile sizes of the lists, which may be smaller than the table's; a warp of AMD's has 64 lanes."""
     d = q.shape[-1]
-    *_, warps, stages = kernels.configuration(q.element_size(), _block(d))[name]
-    sizes_ = {"OWN": sizes[0], "STEP": sizes[1]}
-    return {"D": d, "BLOCK_D": _block(d), **sizes_, "num_warps": warps, "num_stages": stages}
+    *_, lanes, stages = kernels.configuration(q.element_size(), _block(d))[name]
+    tile = {"OWN": sizes[0], "STEP": sizes[1]}
+    return {"D": d, "BLOCK_D": _block(d), **tile, "num_warps": lanes // backends.warp_size(), "num_stages": stages}
 
 
 def _block(d: int) -> int:

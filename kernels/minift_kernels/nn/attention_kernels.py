@@ -42,20 +42,24 @@ D is the number of features, BLOCK_D that number rounded up to a power of two, 1
 import triton
 import triton.language as tl
 
-# (bytes of a number, BLOCK_D): (OWN, STEP, num_warps, num_stages) of each kernel. `forward` and `backward_q` walk over
-# the same tiles. A tile of scores, the sums and what stays loaded must fit into the registers: 64 K of 32 bits on a
-# multiprocessor, at most 255 a lane; the tiles on their way into shared memory: 163 KB on an A100, 64 KB on an MI300.
+# (bytes of a number, BLOCK_D): (OWN, STEP, lanes, num_stages) of each kernel; `forward` and `backward_q` walk over the
+# same tiles. A lane has 255 registers at most (512 on an MI300), for its share of a tile of scores, of the sums, and of
+# what stays loaded: with these sizes nothing is put aside in memory, where the numbers have 16 bits. `backward_kv` has
+# two sums to hold; with 128 features and 32 queries a step 41 registers would be put aside on an A100. Tiles on their
+# way to tensor cores lie in shared memory: 163 KB on an A100, 64 KB on an MI300. float32 has no tensor cores here, and
+# takes many more registers than there are: it is for comparison, not for speed.
 CONFIGURATIONS = {
-    (2, 64): {"forward": (128, 64, 4, 3), "backward_q": (128, 64, 8, 2), "backward_kv": (128, 64, 8, 2)},
-    (2, 128): {"forward": (128, 64, 8, 2), "backward_q": (128, 64, 8, 2), "backward_kv": (64, 64, 8, 2)},
-    (4, 64): {"forward": (64, 32, 4, 1), "backward_q": (64, 32, 8, 1), "backward_kv": (32, 32, 8, 1)},
+    (2, 64): {"forward": (128, 32, 128, 2), "backward_q": (128, 32, 256, 2), "backward_kv": (64, 32, 128, 2)},
+    (2, 128): {"forward": (128, 32, 256, 2), "backward_q": (128, 32, 256, 2), "backward_kv": (128, 16, 256, 2)},
+    (4, 64): {"forward": (64, 32, 128, 1), "backward_q": (64, 32, 128, 1), "backward_kv": (32, 32, 128, 1)},
+    (4, 128): {"forward": (32, 32, 128, 1), "backward_q": (32, 32, 128, 1), "backward_kv": (32, 16, 128, 1)},
 }
 SMALLEST = 16  # rows of a tile, and features: what a tensor core multiplies
 
 
 def configuration(element_size, BLOCK_D):
     """Other sizes take the next larger that is listed, or the largest: more features than that work, but spill."""
-    sizes = [key for key in CONFIGURATIONS if key[0] == min(element_size, 4)]
+    sizes = [key for key in CONFIGURATIONS if key[0] == element_size]
     return CONFIGURATIONS[next((key for key in sizes if key[1] >= BLOCK_D), sizes[-1])]
 
 
@@ -275,8 +279,8 @@ def differentiate_kv(
     level = tl.load(lse + query + row, mask=there, other=0)
     p = tl.exp2(tl.dot(tile_of_k, tl.trans(questions), input_precision="ieee") * c - level[None, :])
     if not ALL:
-        sees = load_mask(visible, query, key, row[None, :], tl.arange(0, OWN)[:, None], tokens, keys, visible_stride)
-        p = tl.where(sees, p, 0.0)
+        sees = load_mask(visible, query, key, row[:, None], tl.arange(0, OWN)[None, :], tokens, keys, visible_stride)
+        p = tl.where(tl.trans(sees), p, 0.0)
     cotangent = load_rows(dy, query, tokens, dy_stride, D, BLOCK_D, STEP, ALL)
     dv_sum = tl.dot(p.to(cotangent.dtype), cotangent, dv_sum, input_precision="ieee")
     dp = tl.dot(values, tl.trans(cotangent), input_precision="ieee")
