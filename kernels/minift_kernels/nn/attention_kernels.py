@@ -30,7 +30,8 @@ head.
 program the tiles it has to visit: first those that are visible as a whole, for which no mask is loaded and nothing is
 compared, then those that are visible in part, whose bytes are loaded. The others do not appear: a causal text costs
 half, a packed row of n texts one n-th of that. Two plain loops without a branch inside, so that the compiler can load
-the next tile while tensor cores are busy with this one.
+the next tile while tensor cores are busy with this one. In the second, which is short, what is the same in every step
+(`disable_licm`: loop-invariant code motion) is computed again each time rather than held in registers.
 
 Arithmetic is in float32. For 16-bit numbers p and dS are rounded to their type before a product with v, dy, k or q,
 because tensor cores take both factors in one type. That rounding is part of the bound in minift.conformance.
@@ -45,14 +46,15 @@ import triton.language as tl
 # (bytes of a number, BLOCK_D): (OWN, STEP, lanes, num_stages) of each kernel; `forward` and `backward_q` walk over the
 # same tiles. A lane has 255 registers at most (512 on an MI300), for its share of a tile of scores, of the sums, and of
 # what stays loaded: with these sizes nothing is put aside in memory, where the numbers have 16 bits. `backward_kv` has
-# two sums to hold; with 128 features and 32 queries a step 41 registers would be put aside on an A100. Tiles on their
-# way to tensor cores lie in shared memory: 163 KB on an A100, 64 KB on an MI300. float32 has no tensor cores here, and
-# takes many more registers than there are: it is for comparison, not for speed.
+# two sums to hold: with 128 features and 32 queries a step, 28 registers would be put aside on an A100. Tiles on their
+# way to tensor cores lie in shared memory: 163 KB on an A100, 64 KB on an MI300. Three stages are the number of a tile,
+# the tile, the products. float32 has no tensor cores on NVIDIA's GPUs if it is not to lose bits, and takes many more
+# registers than there are: it is for comparison, not for speed.
 CONFIGURATIONS = {
-    (2, 64): {"forward": (128, 32, 128, 2), "backward_q": (128, 32, 256, 2), "backward_kv": (64, 32, 128, 2)},
-    (2, 128): {"forward": (128, 32, 256, 2), "backward_q": (128, 32, 256, 2), "backward_kv": (128, 16, 256, 2)},
-    (4, 64): {"forward": (64, 32, 128, 1), "backward_q": (64, 32, 128, 1), "backward_kv": (32, 32, 128, 1)},
-    (4, 128): {"forward": (32, 32, 128, 1), "backward_q": (32, 32, 128, 1), "backward_kv": (32, 16, 128, 1)},
+    (2, 64): {"forward": (128, 64, 256, 3), "backward_q": (128, 64, 256, 3), "backward_kv": (128, 32, 256, 3)},
+    (2, 128): {"forward": (128, 32, 256, 3), "backward_q": (128, 32, 256, 3), "backward_kv": (128, 16, 256, 2)},
+    (4, 64): {"forward": (32, 32, 128, 1), "backward_q": (32, 32, 128, 1), "backward_kv": (32, 32, 128, 1)},
+    (4, 128): {"forward": (32, 16, 128, 1), "backward_q": (32, 16, 128, 1), "backward_kv": (32, 16, 128, 1)},
 }
 SMALLEST = 16  # rows of a tile, and features: what a tensor core multiplies
 
@@ -116,7 +118,7 @@ def forward(
             top, total, mean, questions, query, key, k, v, visible, k_strides[2], v_strides[2], visible_strides[1],
             tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
         )  # fmt: skip
-    for i in range(whole, whole + part):
+    for i in tl.range(whole, whole + part, disable_licm=True):
         key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         top, total, mean = attend(
             top, total, mean, questions, query, key, k, v, visible, k_strides[2], v_strides[2], visible_strides[1],
@@ -194,7 +196,7 @@ def backward_q(
             result, questions, cotangent, level, projection, query, key, k, v, visible, k_strides[2], v_strides[2],
             visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
         )  # fmt: skip
-    for i in range(whole, whole + part):
+    for i in tl.range(whole, whole + part, disable_licm=True):
         key = tl.load(lists + 2 + i).to(tl.int64) * STEP
         result = differentiate_q(
             result, questions, cotangent, level, projection, query, key, k, v, visible, k_strides[2], v_strides[2],
@@ -255,7 +257,7 @@ def backward_kv(
                 dk_sum, dv_sum, tile_of_k, values, query, key, q_head, dy_head, lse + at, delta + at, visible,
                 q_strides[2], dy_strides[2], visible_strides[1], tokens, keys, c, D, BLOCK_D, OWN, STEP, True,
             )  # fmt: skip
-        for i in range(whole, whole + part):
+        for i in tl.range(whole, whole + part, disable_licm=True):
             query = tl.load(lists + 2 + i).to(tl.int64) * STEP
             dk_sum, dv_sum = differentiate_kv(
                 dk_sum, dv_sum, tile_of_k, values, query, key, q_head, dy_head, lse + at, delta + at, visible,
