@@ -251,8 +251,8 @@ FIXED = (
     Heads(1, 4, 2, 0, 3, 2, "causal", "float32", 7),
     Heads(2, 4, 2, 1, 6, 3, "causal", "float32", 8),  # a token that is generated
     Heads(1, 2, 1, 7, 9, 3, "packed", "float16", 10),  # a prefix of two keys, which belongs to every text
-    Heads(1, 4, 2, 33, 40, 20, "causal", "float32", 11),  # several tiles, the last ones not full
-    Heads(1, 2, 1, 35, 35, 16, "some see nothing", "float16", 12),
+    Heads(1, 2, 1, 18, 34, 17, "causal", "float32", 11),  # several tiles of 16, the last ones not full
+    Heads(1, 2, 1, 17, 19, 16, "some see nothing", "float16", 12),
     *(Heads(2, 4, 2, 5, 7, 3, kind, "float64", 13) for kind in KINDS),
 )
 
