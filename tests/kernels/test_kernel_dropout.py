@@ -63,7 +63,7 @@ def test_kill_matrix():
     for prop in properties:
         for case in QUICK:
             prop(make("nothing"), case)
-    one, nothing, part, exactly_p, nan = properties
+    one, _, part, exactly_p, nan = properties
     wrong = [make(what) for what in wrong_dropout.DROPOUT]
     kill_matrix((one, part, exactly_p, nan), wrong, QUICK)
 

@@ -1,6 +1,7 @@
-"""Dropout on torch tensors: the twin of `minift.nn.dropout`, which explains counters and keys. Equal to it bit for bit.
+"""Dropout on torch tensors, equal bit for bit to `minift.nn.dropout`, its reference, which explains counters and keys.
 
-`fold_in` is the reference's own: a function of two numbers, which no tensor enters. Call it outside of what is compiled.
+`fold_in` is the reference's own, a function of two numbers, which no tensor enters: call it outside of what is
+compiled.
 
 Both forms are one operator, opaque to torch.compile. Its backward pass is the operator itself, applied to dy with the
 same key: neither form stores a mask.
