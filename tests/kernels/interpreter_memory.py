@@ -60,7 +60,7 @@ def watch(tensors, programs=0):
     def translate(pointers, mask, write):
         """The true addresses, and the lanes that may go on."""
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        address, active = np.broadcast_arrays(pointers.data, mask.data)
+        address, active = np.broadcast_arrays(pointers.data, mask.data.astype(bool))  # a scalar's may be int32
         address, allowed = address.copy(), np.zeros(active.shape, bool)
         original = address.copy()
         for t in tensors:
