@@ -105,11 +105,20 @@ class NF4Tensor:
         """The tensor that this stands for."""
         return dequantize(self, dtype)
 
-    def linear(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def linear(
+        self, x: Float[Tensor, "*rows d_in"], dropout_key: int | None = None, *, backend: str | None = None
+    ) -> Float[Tensor, "*rows d_out"]:
         """y = x Ŵᵀ, with the gradient dx = dy Ŵ. Ŵ has the type of x and is decoded again for the backward pass."""
         if len(self.shape) != 2:
             raise ValueError(f"linear: the weight has shape {tuple(self.shape)}, needed (out, in)")
-        return _Linear.apply(x, self)
+        return _Linear.apply(x, self, backend)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What learns: nothing."""
+        return {}
+
+    def with_arrays(self, arrays: dict[str, Tensor]) -> NF4Tensor:
+        return self
 
     def __repr__(self) -> str:
         size = f"{self.bits_per_parameter:.3f} bits per parameter, {self.nbytes:,} bytes"
@@ -118,13 +127,13 @@ class NF4Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, q):
-        ctx.q = q
-        return x @ q.dense(x.dtype).T  # (..., d_out)
+    def forward(ctx, x, q, backend):
+        ctx.q, ctx.backend = q, backend
+        return x @ dequantize(q, x.dtype, backend=backend).T  # (..., d_out)
 
     @staticmethod
     def backward(ctx, dy):
-        return dy @ ctx.q.dense(dy.dtype), None
+        return dy @ dequantize(ctx.q, dy.dtype, backend=ctx.backend), None, None
 
 
 def quantize(w: Float[Tensor, "*shape"], block_size: int = 64, *, backend: str | None = None) -> NF4Tensor:
