@@ -47,7 +47,8 @@ def _tensors(w: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any
     def scales(s: Any) -> Tensor | DoubleQuantizedScales:
         if isinstance(s, np.ndarray):
             return copy(s)
-        return DoubleQuantizedScales(*map(copy, (s.codes, s.absmax, s.offset)), s.block_size, copy(s.code))
+        codes, absmax, offset, code = map(copy, (s.codes, s.absmax, s.offset, s.code))
+        return DoubleQuantizedScales(codes, absmax, offset, s.block_size, code)
 
     def kept(base: Any) -> Any:
         return _tensors(base, name, device, dtype)

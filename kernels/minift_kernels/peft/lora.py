@@ -24,6 +24,7 @@ from minift.peft.adapter import A_NAME, B_NAME, Adapter, described, mixed, place
 from minift.peft.lora import trainable_parameters
 from minift.peft.targets import targets
 from minift_kernels import backend as backends
+from minift_kernels.backend import Launch, power_of_two, rows
 from minift_kernels.nn.weight import Frozen, Params, Tensors, Weight, freeze, trainable
 from minift_kernels.peft.tuned import Tuned
 from minift_kernels.quant.nf4 import NF4Tensor
@@ -46,6 +47,8 @@ __all__ = [
     "unmerge",
 ]
 
+KERNELS = "minift_kernels.peft.lora_kernels"
+
 
 def forward(
     x: Float[Tensor, "*rows d_in"],
@@ -61,9 +64,11 @@ def forward(
     """The base layer plus a detour of rank r: equation (1). W gets no gradient. No dropout without a `dropout_key`."""
     base = Frozen(W.detach()) if isinstance(W, Tensor) else W
     how = backends.choose(backend, x.device, x.dtype)
-    p = p if dropout_key is not None else 0.0
-    y = base.linear(x, backend=how)
-    return _forward_torch(x, y, A, B, scaling, p, dropout_key or 0)
+    p, key = (p, dropout_key) if dropout_key is not None else (0.0, 0)
+    if how == "torch":
+        return _forward_torch(x, base.linear(x, backend=how), A, B, scaling, p, key)
+    passed, h = _Down.apply(x, A, scaling / (1 - p), p, _signed(key), how)
+    return _Up.apply(base.linear(passed if x.requires_grad else x, backend=how), h, B, how)
 
 
 def _forward_torch(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, key: int) -> Tensor:
@@ -74,6 +79,140 @@ def _forward_torch(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, p
         wide = wide * (keep.view(x.shape).to(x.device) * wide.new_tensor(1 / (1 - p)))
     h = scaling * (wide @ A.T)  # (..., r)
     return (backends.widened(y) + h @ B.T).to(x.dtype)
+
+
+# In Triton: three operators for the products in which one side has r columns, and two functions of autograd.
+
+
+class _Down(torch.autograd.Function):
+    """x ↦ x and h. x passes through on its way to the base, so on the way back the base's cotangent of x arrives here,
+    and the detour's is added to it in one launch."""
+
+    @staticmethod
+    def forward(ctx, x, A, factor, p, key, backend):
+        ctx.save_for_backward(x, A)
+        ctx.dropout = factor, p, key, backend
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), _down(x, A, factor, p, key, backend)
+
+    @staticmethod
+    def backward(ctx, dx_base, g):
+        x, A = ctx.saved_tensors
+        dA = _outer(g, x, *ctx.dropout).to(A.dtype) if ctx.needs_input_grad[1] else None
+        dx = _up(dx_base, g, A.T, *ctx.dropout) if ctx.needs_input_grad[0] else None
+        return dx, dA, None, None, None, None
+
+
+class _Up(torch.autograd.Function):
+    """y₀, h ↦ y₀ + h Bᵀ. The cotangent of y₀ is that of y: the same tensor."""
+
+    @staticmethod
+    def forward(ctx, base, h, B, backend):
+        ctx.save_for_backward(h, B)
+        ctx.no_dropout = 1.0, 0.0, 0, backend
+        return _up(base, h, B, *ctx.no_dropout)
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, B = ctx.saved_tensors
+        g = _down(dy, B.T, *ctx.no_dropout)
+        dB = _outer(h, dy, *ctx.no_dropout).T.to(B.dtype) if ctx.needs_input_grad[2] else None
+        return dy, g, dB, None
+
+
+def _signed(key: int) -> int:
+    """The same 64 bits as an operator's integer."""
+    return (key + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _tile(table: dict, x: Tensor, r: int, dropout: bool, widest: int) -> dict[str, Any]:
+    ROWS, FEATURES, num_warps, num_stages = table[min(x.element_size(), 4), dropout]
+    RANKS = min(max(power_of_two(r), 16), widest)
+    return {
+        "DROPOUT": dropout,
+        "ROWS": ROWS,
+        "FEATURES": FEATURES,
+        "RANKS": RANKS,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def _run_down(x: Tensor, A: Tensor, factor: float, p: float, key: int, backend: str) -> Tensor:
+    """The operator `minift::lora_down`: factor · (m x) Aᵀ, (..., r) in the type of x, for x (..., d) and A (r, d)."""
+    h = x.new_empty(*x.shape[:-1], len(A))
+    down_launch(rows(h), rows(x), A, factor, p, key, backend).run(x.device)
+    return h
+
+
+def down_launch(h: Tensor, x: Tensor, A: Tensor, factor: float, p: float, key: int, backend: str) -> Launch:
+    """Kind (3) of `lora_kernels`; x is a matrix of rows whose elements are neighbors, h contiguous."""
+    kernels = backends.load(KERNELS, backend)
+    (n_rows, n_features), r = x.shape, len(A)
+    options = _tile(kernels.DOWN, x, r, p > 0, kernels.RANKS)
+    grid = -(-n_rows // options["ROWS"]), -(-r // options["RANKS"])
+    return Launch(
+        kernels.down, grid, (h, x, A, x.stride(0), *A.stride(), n_rows, n_features, r, factor, p, key), options
+    )
+
+
+def _run_up(base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: int, backend: str) -> Tensor:
+    """The operator `minift::lora_up`: base + factor · m (h Bᵀ) for base (..., d), h (..., r) and B (d, r)."""
+    y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    up_launch(rows(y), rows(base), rows(h).contiguous(), B, factor, p, key, backend).run(base.device)
+    return y
+
+
+def up_launch(
+    y: Tensor, base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: int, backend: str
+) -> Launch:
+    """Kind (4) of `lora_kernels`; `base` is a matrix of rows whose elements are neighbors, y and h contiguous."""
+    kernels = backends.load(KERNELS, backend)
+    (n_rows, n_features), r = base.shape, h.shape[1]
+    options = _tile(kernels.UP, base, r, p > 0, kernels.RANKS)
+    grid = -(-n_rows // options["ROWS"]), -(-n_features // options["FEATURES"])
+    sizes = base.stride(0), B.stride(1), B.stride(0), n_rows, n_features, r
+    return Launch(kernels.up, grid, (y, base, h, B, *sizes, factor, p, key), options)
+
+
+def _run_outer(h: Tensor, x: Tensor, factor: float, p: float, key: int, backend: str) -> Tensor:
+    """The operator `minift::lora_outer`: factor · hᵀ (m x), float32 (r, d), for h (..., r) and x (..., d)."""
+    h, x = rows(h).contiguous(), rows(x)
+    kernels = backends.load(KERNELS, backend)
+    options = _tile(kernels.OUTER, x, h.shape[1], p > 0, kernels.RANKS)
+    blocks = -(-x.shape[1] // options["FEATURES"])
+    shares = min(-(-kernels.PROGRAMS // max(blocks, 1)), -(-len(x) // options["ROWS"]))
+    parts = x.new_empty(shares, h.shape[1], x.shape[1], dtype=torch.float32)
+    outer_launch(parts, h, x, factor, p, key, backend).run(x.device)
+    return parts.sum(dim=0)
+
+
+def outer_launch(parts: Tensor, h: Tensor, x: Tensor, factor: float, p: float, key: int, backend: str) -> Launch:
+    """Kind (5) of `lora_kernels`, a share of the rows for each matrix of `parts`."""
+    kernels = backends.load(KERNELS, backend)
+    (n_rows, n_features), (shares, r, _) = x.shape, parts.shape
+    options = _tile(kernels.OUTER, x, r, p > 0, kernels.RANKS)
+    grid = -(-n_features // options["FEATURES"]), -(-r // options["RANKS"]), shares
+    sizes = x.stride(0), n_rows, n_features, r, -(-n_rows // max(shares, 1))
+    return Launch(kernels.outer, grid, (parts, h, x, *sizes, factor, p, key), options)
+
+
+_DROPOUT = "float factor, float p, int key, str backend"
+_down = backends.operator(
+    f"lora_down(Tensor x, Tensor A, {_DROPOUT}) -> Tensor",
+    _run_down,
+    lambda x, A, factor, p, key, backend: x.new_empty(*x.shape[:-1], A.shape[0]),
+)
+_up = backends.operator(
+    f"lora_up(Tensor base, Tensor h, Tensor B, {_DROPOUT}) -> Tensor",
+    _run_up,
+    lambda base, h, B, factor, p, key, backend: torch.empty_like(base, memory_format=torch.contiguous_format),
+)
+_outer = backends.operator(
+    f"lora_outer(Tensor h, Tensor x, {_DROPOUT}) -> Tensor",
+    _run_outer,
+    lambda h, x, factor, p, key, backend: x.new_empty(h.shape[-1], x.shape[-1], dtype=torch.float32),
+)
 
 
 @dataclass(frozen=True, eq=False)
