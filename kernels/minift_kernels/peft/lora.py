@@ -163,9 +163,7 @@ def _run_up(base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: in
     return y
 
 
-def up_launch(
-    y: Tensor, base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: int, backend: str
-) -> Launch:
+def up_launch(y: Tensor, base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: int, backend: str) -> Launch:
     """Kind (4) of `lora_kernels`; `base` is a matrix of rows whose elements are neighbors, y and h contiguous."""
     kernels = backends.load(KERNELS, backend)
     (n_rows, n_features), r = base.shape, h.shape[1]
