@@ -107,10 +107,10 @@ def forward(
 
 
 def of_rows(index: Int[np.ndarray, "*some"], shape: tuple[int, ...], n: int) -> Int[np.ndarray, " N"]:
-    """The adapter of each row of an x of this shape; ValueError for an index that does not fit it, or is not −1 … n−1."""
+    """The adapter of each row of an x of this shape. ValueError for an index that does not fit."""
     if index.shape != shape[: index.ndim] or index.ndim >= len(shape):
         raise ValueError(f"index: shape {index.shape}, needed the first axes of x's rows, {shape[:-1]}")
-    if index.size and not (-1 <= index.min() and index.max() < n):
+    if index.size and not (index.min() >= -1 and index.max() < n):
         raise ValueError(f"index: from {index.min()} to {index.max()}, needed -1 (none) to {n - 1}")
     alone = index.reshape(index.shape + (1,) * (len(shape) - 1 - index.ndim))
     return np.broadcast_to(alone, shape[:-1]).reshape(-1)
