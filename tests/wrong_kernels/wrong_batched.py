@@ -13,7 +13,6 @@ DOWN = (
     "rows not sorted",  # the places themselves instead of `order`
     "last segment lost",
     "last row lost",  # of each tile
-    "no adapter is the last",  # −1 as an index from the end
     "last features forgotten",
     "float16 sums",
 )
@@ -60,9 +59,6 @@ def down(
     taken = adapter
     if WRONG == "neighbor's adapter":
         taken = tl.maximum(adapter - 1, 0)
-    if WRONG == "no adapter is the last":
-        taken = tl.where(adapter < 0, largest, adapter)
-        adapter = taken
     end = n_features
     if WRONG == "last features forgotten":
         end = n_features // FEATURES * FEATURES
@@ -121,7 +117,7 @@ def up(
             detour = detour.to(tl.float16).to(tl.float32)
         total += detour
     if WRONG == "only with an adapter":
-        inside = inside & (adapter >= 0)
+        inside = inside & (tl.zeros((ROWS, FEATURES), tl.int64) + adapter >= 0)
     tl.store(y + row[:, None] * n_features + feature[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 

@@ -126,14 +126,14 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, scaling, order, starts, tiles, backend):
-        ctx.save_for_backward(x, A, scaling, order, starts, tiles)
+        ctx.save_for_backward(x, A, order, starts, tiles)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return x.view_as(x), _down(x, A, scaling, order, tiles, backend)
 
     @staticmethod
     def backward(ctx, dx_base, dh):
-        x, A, scaling, order, starts, tiles = ctx.saved_tensors
+        x, A, order, starts, tiles = ctx.saved_tensors
         dA = _outer(dh, x, order, starts, A.dtype, ctx.backend) if ctx.needs_input_grad[1] else None
         dx = _up(dx_base, dh, A.mT, order, tiles, ctx.backend) if ctx.needs_input_grad[0] else None
         return dx, dA, None, None, None, None, None
