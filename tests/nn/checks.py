@@ -9,6 +9,8 @@ import warnings
 
 import numpy as np
 
+from minift.conformance.ball import Ball
+
 DTYPES = (np.float32, np.float64)
 
 
@@ -62,6 +64,11 @@ def same_bits(found, expected, what):
         differ = np.argwhere((found != expected) & ~((found != found) & (expected != expected)))
         i = tuple(int(j) for j in differ[0]) if len(differ) else "(sign of zero)"
         raise AssertionError(f"{what}: element {i} differs ({len(differ)} of {found.size})")
+
+
+def in_dtype(oracle):
+    """An oracle of the suite, `oracle(number, dy, *args)`, as `inside` calls one: with the dtype first."""
+    return lambda dtype, *args: oracle(lambda a: Ball(a, dtype), *args)
 
 
 def inside(op, oracle, args, dy, dtype, layout=contiguous):

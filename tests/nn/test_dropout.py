@@ -10,36 +10,9 @@ from hypothesis import strategies as st
 
 from minift.conformance.ball import Ball
 from minift.conformance.gradients import check_vjp
+from minift.conformance.operations.dropout import KNOWN, SIGMAS, WORD, philox_one, triton_rand
 from minift.nn.dropout import dropout, fold_in, philox, uniform
 from nn import checks
-
-WORD = 2**32 - 1
-
-
-def philox_one(counter, key, rounds=10):
-    """Philox4x32 on Python integers: (c0, c1, c2, c3), (k0, k1) -> four words. Salmon et al. 2011, figure 2.
-
-    The left half L and the right half R of each pair: L′ = high(M R) ⊕ key ⊕ L, R′ = low(M R), the pairs exchanged."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
-
-
-# Random123's kat_vectors, philox4x32 10: counter, key, answer
-KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
@@ -131,16 +104,6 @@ def test_philox_anywhere(key, counters, rounds):
 # --- uniform ----------------------------------------------------------------------------------------------------------
 
 
-def triton_rand(key, counter):
-    """`tl.rand`, transcribed from triton/language/random.py (3.x) on Python integers.
-
-    `randint` is the first word of philox; `uint_to_uniform_float` reads it as int32, takes −x − 1 of negative ones,
-    and multiplies in float32 by 4.6566127342e-10, "the maximum value such that MAX_INT * scale < 1.0"."""
-    word = philox_one((counter & WORD, counter >> 32, 0, 0), (key & WORD, key >> 32))[0]
-    signed = word - 2**32 if word >= 2**31 else word
-    return np.float32(-signed - 1 if signed < 0 else signed) * np.float32(4.6566127342e-10)
-
-
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 9))
 def test_uniform_is_tritons(key, start):
     counters = np.arange(start, start + 8, dtype=np.uint64)
@@ -152,7 +115,6 @@ def test_the_largest_uniform_number_is_below_one():
 
 
 N = 1 << 16
-SIGMAS = 6  # a right generator fails one of these about twice in 10⁹ runs; this one is fixed, so it never changes
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**63 + 11])

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from minift.conformance.ball import Ball
 from minift.conformance.bounds import unit_roundoff
 from minift.conformance.gradients import check_vjp
+from minift.conformance.operations import mlp as known
+from minift.conformance.operations.mlp import EXTREME, KINDS
 from minift.nn import mlp
 from nn import checks
 
-KINDS = ("normal", "large", "tiny", "extreme")
 CASES = [
     (1, (5, 8), "normal"),
     (2, (2, 3, 7), "large"),
@@ -23,7 +24,9 @@ CASES = [
     (4, (3, 5), "extreme"),
     (5, (0, 3), "normal"),
 ]
-EXTREME = np.array([0, -0.0, 1e-30, -1e-30, 30, -30, 88.7, -88.7, 89, -89, 200, -200, 1e4, -1e4, 1e18, -1e18])
+swiglu_oracle, gelu_oracle, gelu_tanh_oracle = map(
+    checks.in_dtype, (known.swiglu_oracle, known.gelu_oracle, known.gelu_tanh_oracle)
+)
 
 
 def make(case):
@@ -45,13 +48,6 @@ def agree(found, expected, balls):
 
 
 # --- SwiGLU: op(gate, up) ---------------------------------------------------------------------------------------------
-
-
-def swiglu_oracle(dtype, dy, g, u):
-    dy, g, u = (Ball(a, dtype) for a in (dy, g, u))
-    s = 0.5 * (0.5 * g).tanh() + 0.5
-    silu = g * s
-    return silu * u, dy * u * (s + silu * (1 - s)), dy * silu
 
 
 def one_number_at_a_time(op, case):
@@ -132,34 +128,6 @@ def test_swiglu_kill_matrix():
 
 
 # --- GELU, exact and with a tanh: op(x) -------------------------------------------------------------------------------
-
-C = math.sqrt(2 / math.pi)
-
-
-def phi_oracle(dtype, x):
-    """Φ(x), from `math.erf`, and what rounds: x/√2 and √2 (its slope is at most 0.4·√2 and e^{-z²}|z| < 0.43),
-    erf itself to a few units of float64, two exact products, one sum, one rounding."""
-    exact = np.frompyfunc(lambda t: 0.5 * math.erfc(-t / math.sqrt(2)), 1, 1)(x).astype(float)
-    u, u64 = unit_roundoff(dtype), 2.0**-53
-    z = np.minimum(np.abs(x) / math.sqrt(2), 30)
-    moved = z * np.exp(-z * z) / math.sqrt(math.pi) * 3 * u  # half of erf'(z) z, three roundings of z
-    return Ball(exact, dtype, u * exact + 2 * moved + 8 * u64 + 2 * u)
-
-
-def gelu_oracle(dtype, dy, x):
-    dy_, x_ = Ball(dy, dtype), Ball(x, dtype)
-    cdf = phi_oracle(dtype, x)
-    capped = Ball(np.clip(x, -60, 60), dtype)  # beyond, the density is 0, and x times it too
-    pdf = (capped * capped * -0.5).exp() * (1 / math.sqrt(2 * math.pi))
-    return x_ * cdf, dy_ * (cdf + capped * pdf)
-
-
-def gelu_tanh_oracle(dtype, dy, x):
-    dy_, x_ = Ball(dy, dtype), Ball(x, dtype)
-    capped = Ball(np.clip(x, -60, 60), dtype)  # beyond, tanh is ±1 and 1 − t² is 0
-    t = ((capped + 0.044715 * capped * capped * capped) * C).tanh()
-    dz = C * (1 + 3 * 0.044715 * capped * capped)
-    return 0.5 * x_ * (1 + t), dy_ * (0.5 * (1 + t) + 0.5 * capped * (1 - t * t) * dz)
 
 
 class Gelu:
