@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minift.nn.dropout import uniform
 from minift.peft.adapter import A_NAME, B_NAME, Adapter, described, mixed, placed, plan, scaling
 from minift.peft.lora import trainable_parameters
 from minift.peft.targets import targets
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch, power_of_two, rows
+from minift_kernels.nn.dropout import dropout
 from minift_kernels.nn.weight import Frozen, Params, Tensors, Weight, freeze, trainable
 from minift_kernels.peft.tuned import Tuned
 from minift_kernels.quant.nf4 import NF4Tensor
@@ -64,10 +64,10 @@ def forward(
     """The base layer plus a detour of rank r: equation (1). W gets no gradient. No dropout without a `dropout_key`."""
     base = Frozen(W.detach()) if isinstance(W, Tensor) else W
     how = backends.choose(backend, x.device, x.dtype)
-    p, key = (p, dropout_key) if dropout_key is not None else (0.0, 0)
+    p, key = (p, _signed(dropout_key)) if dropout_key is not None else (0.0, 0)
     if how == "torch":
         return _forward_torch(x, base.linear(x, backend=how), A, B, scaling, p, key)
-    passed, h = _Down.apply(x, A, scaling / (1 - p), p, _signed(key), how)
+    passed, h = _Down.apply(x, A, scaling / (1 - p), p, key, how)
     return _Up.apply(base.linear(passed if x.requires_grad else x, backend=how), h, B, how)
 
 
@@ -75,8 +75,7 @@ def _forward_torch(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, p
     """y + s x̃ Aᵀ Bᵀ, in float32 or float64, rounded once."""
     wide, A, B = (backends.widened(part.to(x.dtype)) for part in (x, A, B))
     if p:
-        keep = torch.from_numpy(uniform(key, np.arange(x.numel(), dtype=np.uint64)) > np.float32(p))
-        wide = wide * (keep.view(x.shape).to(x.device) * wide.new_tensor(1 / (1 - p)))
+        wide = dropout(wide, p, key, backend="torch")
     h = scaling * (wide @ A.T)  # (..., r)
     return (backends.widened(y) + h @ B.T).to(x.dtype)
 
