@@ -30,6 +30,8 @@ def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -
         return made.to(torch.bfloat16) if dtype == "bfloat16" and made.is_floating_point() else made
 
     def array(x: Any) -> Any:
+        if x is None:
+            return None  # an argument that does not learn
         return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
 
     def function(*args):
@@ -38,7 +40,7 @@ def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -
         y = f(*tensors)
 
         def vjp(dy):
-            cotangents = torch.autograd.grad(y, learning, tensor(dy), retain_graph=True)
+            cotangents = torch.autograd.grad(y, learning, tensor(dy), retain_graph=True, allow_unused=True)
             return tuple(map(array, cotangents)) if len(cotangents) > 1 else array(cotangents[0])
 
         return array(y), vjp
