@@ -35,6 +35,11 @@ class Operation:
     fixed: tuple[Any, ...]
     properties: tuple[Property, ...]
 
+    @property
+    def has_pullback(self) -> bool:
+        """Whether it returns `y, vjp`."""
+        return "vjp" in self.takes
+
 
 @dataclass(frozen=True)
 class Implementation:
