@@ -45,7 +45,8 @@ class Operation:
 class Implementation:
     """Functions under the names of operations, and the dtypes that they promise.
 
-    `ours`: a failure is a bug of minift's.
+    `ours`: a failure is ours to mend, minift's or in the user's own file; of others it is a finding.
+    A function may raise NotImplementedError for a case that it does not promise.
     `missing` says why there is nothing to run here, for instance that a package is not installed."""
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,18 +59,21 @@ class Report:
     def __rich__(self) -> RenderableType:
         """Tables side by side would not fit a terminal: one below the other."""
         parts: list[RenderableType] = []
-        for operation in dict.fromkeys(result.operation for result in self.results):
-            parts += [_table(operation, [r for r in self.results if r.operation == operation]), Text()]
+        for operation, found in _grouped(self.results, lambda r: r.operation).items():
+            parts += [_table(operation, found), Text()]
         return Group(*parts, *map(Text, self._lines()))
 
     def _lines(self) -> list[str]:
-        """What the tables have no room for."""
-        reasons = _grouped((r.reason, f"{r.implementation} {r.operation}", r.property) for r in self.results)
-        lines = [f"– {who}: {reason}" for reason, who, _ in reasons if reason]
-        for message, who, properties in _grouped(
-            (r.counterexample or "", f"{r.implementation} {r.operation}", r.property) for r in self.failures
-        ):
-            lines += [f"✗ {who}  {', '.join(properties)}", f"    {message}"]
+        """What the tables have no room for: why something was not run, and what fails."""
+        lines = []
+        for (name, reason), found in _grouped(self.results, lambda r: (r.implementation, r.reason)).items():
+            if reason:
+                operations = _grouped(found, lambda r: r.operation)
+                whole = len(operations) == len({r.operation for r in self.results if r.implementation == name})
+                lines.append(f"– {name}: {reason}" + ("" if whole else f": {', '.join(operations)}"))
+        key = lambda r: (r.implementation, r.operation, r.counterexample)  # noqa: E731
+        for (name, operation, counterexample), found in _grouped(self.failures, key).items():
+            lines += [f"✗ {name} {operation}: {', '.join(_plain(r.property) for r in found)}", f"    {counterexample}"]
         return lines
 
     def __str__(self) -> str:
@@ -105,12 +108,12 @@ class Counterexample(AssertionError):
 
 
 def _table(operation: str, results: Sequence[Result]) -> Table:
-    """A row for each property, a column for each implementation; after the mark the number of cases."""
-    names = list(dict.fromkeys(result.implementation for result in results))
+    """A row for each property, a column for each implementation that ran; after the mark the number of cases."""
+    names = list(dict.fromkeys(r.implementation for r in results if r.passed is not None))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(operation, no_wrap=True)
+    table.add_column(operation, overflow="fold")
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for (_, prop), found in _rows(results).items():
         cells = (found.get(name) for name in names)
         table.add_row(_plain(prop), *(Text(_cell(r), STYLES[r.passed if r else None]) for r in cells))
@@ -134,9 +137,8 @@ def _plain(prop: str) -> str:
     return prop.replace("_", " ")
 
 
-def _grouped(entries: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, list[str]]]:
-    """(message, who, properties): what says the same of several properties is said once."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for message, who, prop in entries:
-        groups.setdefault((message, who), []).append(_plain(prop))
-    return [(message, who, properties) for (message, who), properties in groups.items()]
+def _grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    groups: dict[Any, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups

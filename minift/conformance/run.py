@@ -9,9 +9,8 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from minift.conformance import torch_functions
 from minift.conformance.operation import Implementation, Operation, Property
-from minift.conformance.operations import every
+from minift.conformance.operations import find
 from minift.conformance.report import Counterexample, Report, Result
 
-SHRINKING = 3.0  # seconds, for one property
+SHRINKING = 2.0  # seconds, for one property
 
 
 def check(
@@ -31,7 +30,7 @@ def check(
     function: Callable,
     *,
     examples: int = 100,
-    seconds: float = 20.0,
+    seconds: float = 60.0,
     dtypes: tuple[str, ...] = ("float32",),
     torch: bool = False,
 ) -> Report:
@@ -40,10 +39,10 @@ def check(
         check("nf4.quantize", my_quantize)
 
     The function gets NumPy arrays and returns them; gradients are a pullback, `y, vjp = f(...)`. What it is given and
-    what it must return: `minift conformance --list`, or `print(minift.conformance.operations.every()["nf4.quantize"])`.
+    what it must return: `minift conformance --list --op nf4.quantize`.
 
-    `examples` are drawn for each property beside its fixed cases, for at most `seconds`. `dtypes`: what your function
-    can compute in. `torch`: it takes and returns torch tensors, and autograd is its pullback.
+    `examples` are drawn for each property beside its fixed cases, in about `seconds` for all of them. `dtypes`: what
+    your function can compute in. `torch`: it takes and returns torch tensors, and autograd is its pullback.
     Returns a report that prints as a table. Raises Counterexample, an AssertionError, with the smallest inputs that
     fail, and ValueError for an operation that there is none of.
     """
@@ -51,28 +50,31 @@ def check(
     if torch:
         function = (torch_functions.differentiable if wanted.has_pullback else torch_functions.plain)(function)
     implementation = Implementation(name, {wanted.name: function}, dtypes)
-    report = Report([hold(implementation, wanted, prop, examples, seconds) for prop in wanted.properties])
+    report = Report(hold_all([implementation], [wanted], examples, seconds))
     if report.failures:
         raise Counterexample(report)
     return report
 
 
-def find(name: str) -> Operation:
-    """The operation of this name; ValueError that names the nearest."""
-    if name not in every():
-        near = get_close_matches(name, every(), 1, 0.0)[0]
-        raise ValueError(f"operation: {name!r}, did you mean {near!r}? There are {', '.join(every())}")
-    return every()[name]
+def hold_all(
+    implementations: Iterable[Implementation], operations: Iterable[Operation], examples: int, seconds: float
+) -> Iterator[Result]:
+    """One property after the other. What is left of the time is shared by those that are still to come."""
+    pairs = [(implementation, operation) for implementation in implementations for operation in operations]
+    left = sum(len(operation.properties) for one, operation in pairs if operation.name in one.functions)
+    end = time.monotonic() + seconds
+    for implementation, operation in pairs:
+        for prop in operation.properties:
+            yield hold(implementation, operation, prop, examples, (end - time.monotonic()) / max(left, 1))
+            left -= operation.name in implementation.functions
 
 
-def hold(
-    implementation: Implementation, operation: Operation, prop: Property, examples: int, seconds: float
-) -> Result:
+def hold(implementation: Implementation, operation: Operation, prop: Property, examples: int, seconds: float) -> Result:
     """One property: on the fixed cases, then on drawn ones until there are enough or the time is up."""
     start, dtypes = time.monotonic(), implementation.dtypes
     result = Result(implementation.name, operation.name, prop.__name__, ours=implementation.ours)
     if implementation.missing or operation.name not in implementation.functions:
-        return result.not_run(implementation.missing or "it has no such function")
+        return result.not_run(implementation.missing or "not there")
     attempt = Attempt(implementation.functions[operation.name], operation, prop)
     failing = None
     for case in operation.fixed:
@@ -86,7 +88,7 @@ def hold(
         left = start + seconds - time.monotonic() if failing is None else SHRINKING
         failing = _drawn(attempt, operation.cases(dtypes), examples, left) or failing
     if failing is None and not attempt.cases:
-        return result.not_run(attempt.refusal or f"no case in {', '.join(dtypes)}")
+        return result.not_run(attempt.refusal or f"nothing to check in {', '.join(dtypes)}")
     return result.ran(attempt.cases, failing and f"{failing[0]}: {failing[1]}")
 
 
@@ -99,6 +101,8 @@ class Attempt:
     def __init__(self, function: Callable, operation: Operation, prop: Property):
         self.function, self.operation, self.property = function, operation, prop
         self.cases, self.refusal = 0, ""
+        self.called, self.returned = False, None
+        self.raised: Exception | None = None
 
     def __call__(self, case: Any) -> tuple[Any, str] | None:
         self.called, self.raised, self.returned = False, None, None

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -39,7 +39,7 @@ class Numbers(NamedTuple):
         return cls(tuple(kept.ravel().tolist()), block_size, None if w.ndim == 1 else w.shape, **rest)
 
     def array(self) -> np.ndarray:
-        flat = np.array(self.w, storage(self.dtype))
+        flat: np.ndarray = np.array(self.w, storage(self.dtype))
         return flat if self.shape is None else flat.reshape(self.shape)
 
     def simpler(self) -> Iterator[Numbers]:
@@ -79,6 +79,8 @@ class Codes(NamedTuple):
             yield self._replace(shape=None)
         for codes in shorter(self.codes):
             yield self._replace(codes=codes, absmax=self.absmax[: -(-len(codes) // self.block_size)], shape=None)
+        for codes in zeroed(self.codes):
+            yield self._replace(codes=codes)
         for absmax in plainer(self.absmax, "float32"):
             yield self._replace(absmax=absmax)
 
@@ -95,7 +97,7 @@ def _details(shape: tuple[int, ...] | None, dtype: str, table: str) -> str:
 
 
 def written(values: Sequence, dtype: str, most: int = 14) -> str:
-    """[1.0, 0.0 × 62, 0.5]: numbers as their own type prints them, repetitions once, the middle of long lists left out."""
+    """[1.0, 0.0 × 62, 0.5]: numbers as their type prints them, repetitions once, without the middle of long lists."""
     kind = np.dtype(dtype).type if dtype == "uint8" else storage(dtype)
     runs = [(str(kind(value)), len(list(group))) for value, group in itertools.groupby(values, key=_with_sign)]
     parts = [text if n == 1 else f"{text} × {n}" for text, n in runs]
@@ -118,14 +120,19 @@ def shorter(values: tuple) -> Iterator[tuple]:
         size //= 2
 
 
-def plainer(values: tuple, dtype: str) -> Iterator[tuple]:
-    """Zeros in place of a half, a quarter, … one of the values; then ±1 or fewer digits in place of one."""
+def zeroed(values: tuple) -> Iterator[tuple]:
+    """Zeros in place of a half, a quarter, … a single one of the values."""
     size = len(values)
     while size:
         for start in range(0, len(values), size):
             if any(values[start : start + size]):
-                yield values[:start] + (0.0,) * len(values[start : start + size]) + values[start + size :]
+                yield values[:start] + (0,) * len(values[start : start + size]) + values[start + size :]
         size //= 2
+
+
+def plainer(values: tuple, dtype: str) -> Iterator[tuple]:
+    """Zeros in place of some of the values; then ±1 or fewer digits in place of one."""
+    yield from zeroed(values)
     kind = storage(dtype)
     for i, value in enumerate(values):
         plain = [math.copysign(1.0, value)] if abs(value) not in (0, 1) else []
@@ -178,7 +185,7 @@ def kinds(rng: np.random.Generator, thresholds: np.ndarray, n: int) -> dict[str,
         "one": np.eye(1, n, n // 2, dtype=f32)[0],
         "tiny normal": normal * f32(1e-30),
         "subnormal": normal * f32(1e-39),
-        "below 1e-38": rng.choice(thresholds, n) * f32(1e-38) * rng.choice(f32([0.9995, 1.0005]), n),
+        "below 1e-38": rng.choice(thresholds, n) * f32(1e-38) * rng.choice(np.array([0.9995, 1.0005], f32), n),
         "huge": np.clip(normal, -3, 3) * f32(1.1e38),
         "integers": rng.integers(-7, 8, n).astype(f32),
     }
@@ -198,9 +205,9 @@ def battery(thresholds: np.ndarray, block_sizes: Sequence[int] = (32, 64, 256)) 
             cases.append((f"{n} elements, {block_size}", rng.standard_normal(n).astype(f32), block_size))
         scales = np.repeat(10.0 ** np.arange(-3, 4), block_size)
         cases.append((f"growing, {block_size}", (rng.standard_normal(scales.size) * scales).astype(f32), block_size))
-    pairs = reciprocal_matters(tuple(thresholds.tolist()))
+    pairs = np.array(reciprocal_matters(tuple(thresholds.tolist())), f32).reshape(-1, 2)
     reciprocal = np.zeros((len(pairs), 32), f32)
-    reciprocal[:, 0], reciprocal[:, 5] = np.transpose(pairs)
+    reciprocal[:, 0], reciprocal[:, 5] = pairs.T
     cases += [
         ("no axes", np.array(0.7, f32), 64),
         ("a row", rng.standard_normal((1, 66)).astype(f32), 64),
@@ -224,16 +231,17 @@ def every_threshold(thresholds: np.ndarray, block_size: int) -> np.ndarray:
 def _trouble(thresholds: tuple[float, ...]) -> list[float]:
     """Numbers that go wrong in a block whose absmax is 1, and some that go wrong anywhere."""
     near = neighbors(np.array(thresholds, f32), 1).tolist()
-    return [0.0, 1.0, -1.0, *near, -0.0, *f32([1e-40, 1e-45, 5e-39, -2e-38, 3e38, 1e-4]).tolist()]
+    return [0.0, 1.0, -1.0, *near, -0.0, *np.array([1e-40, 1e-45, 5e-39, -2e-38, 3e38, 1e-4], f32).tolist()]
 
 
 @st.composite
 def numbers(draw, thresholds: tuple[float, ...], block_sizes: Sequence[int], dtypes: Sequence[str], **rest) -> Numbers:
     """A few numbers, one of them many times, a few more: enough for several blocks, and short to print."""
     dtype, block_size = draw(st.sampled_from(dtypes)), draw(st.sampled_from(block_sizes))
-    width = 16 if dtype == "float16" else 32
+    width: Any = 16 if dtype == "float16" else 32
     one = st.sampled_from(_trouble(thresholds)) | st.floats(width=width, allow_nan=False, allow_infinity=False)
-    first = draw(st.lists(one, max_size=8) | st.sampled_from(reciprocal_matters(thresholds)).map(list))
+    pairs = [list(pair) for pair in reciprocal_matters(thresholds)]
+    first = draw(st.lists(one, max_size=8) | st.sampled_from(pairs or [[]]))
     filling = draw(st.just([]) | st.builds(lambda value, n: [value] * n, one, st.integers(1, 70)))
     w = np.array([*first, *filling, *draw(st.lists(one, max_size=3))])
     shapes = [w.shape, *([(2, w.size // 2)] * (w.size % 2 == 0)), (1, w.size), *([()] * (w.size == 1))]
@@ -247,7 +255,9 @@ def codes(draw, entries: int, block_sizes: Sequence[int], dtypes: Sequence[str],
     first = draw(st.lists(st.integers(0, entries - 1), max_size=10))
     filling = [draw(st.integers(0, entries - 1))] * draw(st.sampled_from((0, 1, 16, 55, 64, 86, 120)))
     found = (*first, *filling)
-    scale = st.sampled_from(f32([1, 0, 0.75, 3e-5, 1e-39, 123.456]).tolist()) | st.floats(0, 2.0**15, width=32)
+    scale = st.sampled_from(np.array([1, 0, 0.75, 3e-5, 1e-39, 123.456], f32).tolist()) | st.floats(
+        0, 2.0**15, width=32
+    )
     blocks = -(-len(found) // block_size)
     absmax = draw(st.lists(scale, min_size=blocks, max_size=blocks))
     shapes = [None, *([(2, len(found) // 2)] * (len(found) % 2 == 0)), *([()] * (len(found) == 1))]

@@ -36,7 +36,7 @@ def array(x: Any) -> Any:
 
 
 def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -> Callable:
-    """`f(*tensors) -> tensor` as a function of arrays that returns `y, vjp`.
+    """`f(*tensors) -> tensor` as a function of arrays that returns `y, vjp`; a frozen argument's cotangent is None.
 
     `dtype` "bfloat16" converts floating arrays on the way in and out; by default tensors have the arrays' types."""
 
@@ -48,7 +48,8 @@ def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -
         y = f(*tensors)
 
         def vjp(dy):
-            cotangents = torch.autograd.grad(y, learning, tensor(dy, device, dtype), retain_graph=True)
+            upstream = tensor(dy, device, dtype)
+            cotangents = torch.autograd.grad(y, learning, upstream, retain_graph=True, allow_unused=True)
             return tuple(map(array, cotangents)) if len(cotangents) > 1 else array(cotangents[0])
 
         return array(y), vjp

@@ -25,10 +25,12 @@ def thresholds(name: str) -> tuple[float, ...]:
     return thresholds_of(TABLES[name].tobytes())
 
 
-def _fixed(name: str, block_sizes: tuple[int, ...] = (64,)) -> list[Numbers]:
+def _fixed(name: str) -> list[Numbers]:
+    """Everything for the dynamic map; for the others all kinds of blocks at once, and every threshold."""
     levels = np.array(thresholds(name), f32)
-    drawn = [Numbers.of(x, block_size, table=name) for _, x, block_size in battery(levels, block_sizes)]
-    return [*drawn, Numbers.of(strategies.every_threshold(levels, 256), 256, table=name)]
+    found = [(x, size) for what, x, size in battery(levels, (64,)) if name == "dynamic" or what.startswith("all")]
+    found.append((strategies.every_threshold(levels, 256), 256))
+    return [Numbers.of(x, block_size, table=name) for x, block_size in found]
 
 
 def quantize_cases(dtypes):
@@ -41,7 +43,7 @@ def dequantize_cases(dtypes):
 
 
 def _scaled_codes(name: str, n: int, block_size: int, shape=None, dtype: str = "float32") -> Codes:
-    scale = (f32([1, 0.75, 0, 1e-39, 123.456, 3e-5])[np.arange(-(-n // block_size)) % 6]).tolist()
+    scale = (np.array([1, 0.75, 0, 1e-39, 123.456, 3e-5], f32)[np.arange(-(-n // block_size)) % 6]).tolist()
     codes = (np.arange(n) * 7 % TABLES[name].size).tolist()
     return Codes(tuple(codes), tuple(scale), block_size, shape, dtype, name)
 

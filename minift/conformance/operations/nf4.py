@@ -33,8 +33,8 @@ def call(f, w, case):
 
 
 def many_codes(f, w, case) -> tuple[np.ndarray, np.ndarray]:
-    codes, absmax = results(call(f, w, case), "codes", "absmax")
-    codes = unpacked(codes.reshape(-1), w.size)
+    codes, absmax = results(call(f, w.copy(), case), "codes", "absmax")
+    codes = unpacked(codes.reshape(-1).astype(np.uint8), w.size)
     return codes, TABLE[codes] * np.repeat(absmax.reshape(-1), case.block_size)[: w.size]
 
 
@@ -48,7 +48,7 @@ def error_of_normal_numbers(f, case):
 
 
 def is_not_symmetric(f, case):
-    """NF4(−w) = −NF4(w) for 12 % of normal numbers: the table has one more positive entry, and a symmetric one is wrong."""
+    """NF4(−w) = −NF4(w) for 12 % of normal numbers: the table has one more positive entry than negative ones."""
     if len(case.w) == MANY:
         w = case.array()
         (plus, w_plus), (minus, w_minus) = many_codes(f, w, case), many_codes(f, -w, case)
@@ -71,7 +71,7 @@ FIXED = (
 
 
 def _decoded(n: int, block_size: int, shape: tuple[int, ...] | None = None, dtype: str = "float32") -> Codes:
-    scale = f32([1, 0.75, 0, 1e-39, 123.456, 3e-5])[np.arange(-(-n // block_size)) % 6]
+    scale = np.array([1, 0.75, 0, 1e-39, 123.456, 3e-5], f32)[np.arange(-(-n // block_size)) % 6]
     return Codes(tuple((np.arange(n) * 7 % 16).tolist()), tuple(scale.tolist()), block_size, shape, dtype)
 
 
