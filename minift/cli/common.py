@@ -46,7 +46,7 @@ def forget_the_reader() -> None:
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def emit(result: dict[str, Any], as_json: bool, folder: Path | None = None) -> None:
+def emit(result: dict[str, Any] | list[dict[str, Any]], as_json: bool, folder: Path | None = None) -> None:
     """What a command found, in numbers: `summary.json` in its --out, and with --json the last line of stdout."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

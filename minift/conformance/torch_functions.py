@@ -1,8 +1,8 @@
 """A function on torch tensors, as the suite wants it: NumPy arrays in, NumPy arrays out.
 
-`differentiable` gives `y, vjp`, whose pullback is autograd's: floating arguments ask for a gradient, and what is no
-array (a number, a string) is handed on. `on_tensors` is for what has no pullback and may overwrite its arguments, such
-as a step of an optimizer; `optimizer` for one with a state.
+`differentiable` gives `y, vjp`, whose pullback is autograd's: floating arguments ask for a gradient. `plain` is for what
+is not differentiated, such as a quantizer; `on_tensors` for what may overwrite its arguments, such as a step of an
+optimizer, and `optimizer` for one with a state. What is no array (a number, a string) is handed on.
 """
 
 from __future__ import annotations
@@ -13,37 +13,66 @@ from typing import Any
 import numpy as np
 
 
-def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -> Callable:
-    """`f(*tensors) -> tensor` as a function of arrays that returns `y, vjp`.
+def tensor(x: Any, device: str = "cpu", dtype: str | None = None) -> Any:
+    """A view of the array's memory on the CPU, in its layout, so that strides reach the function; a copy elsewhere.
 
-    `dtype` "bfloat16" converts floating arrays on the way in and out; by default tensors have the arrays' types."""
+    `dtype` "bfloat16" converts floating arrays. A dictionary becomes one of tensors."""
     import torch
 
-    def tensor(x: Any) -> Any:
-        """A view of the array's memory on the CPU, in its layout, so that strides reach the function."""
-        if not isinstance(x, np.ndarray | np.generic):
-            return x
-        x = np.asarray(x)
-        if any(s < 0 or s % x.itemsize for s in x.strides):
-            x = np.ascontiguousarray(x)
-        made = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
-        return made.to(torch.bfloat16) if dtype == "bfloat16" and made.is_floating_point() else made
+    if isinstance(x, dict):
+        return {name: tensor(value, device, dtype) for name, value in x.items()}
+    if not isinstance(x, np.ndarray | np.generic):
+        return x
+    x = np.asarray(x)
+    if any(s < 0 or s % x.itemsize for s in x.strides):
+        x = np.ascontiguousarray(x)
+    made = torch.from_numpy(x if x.flags.writeable else x.copy()).to(device)
+    return made.to(torch.bfloat16) if dtype == "bfloat16" and made.is_floating_point() else made
 
-    def array(x: Any) -> Any:
-        if x is None:
-            return None  # an argument that does not learn
-        return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+
+def array(x: Any) -> Any:
+    """A tensor's numbers, bfloat16 as float32; of a dictionary or tuple, those of its tensors."""
+    import torch
+
+    if isinstance(x, dict):
+        return {name: array(value) for name, value in x.items()}
+    if isinstance(x, tuple):
+        return tuple(map(array, x))
+    if not torch.is_tensor(x):
+        return x
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+
+
+def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -> Callable:
+    """`f(*tensors) -> tensor` as a function of arrays that returns `y, vjp`; a frozen argument's cotangent is None.
+
+    `dtype` "bfloat16" converts floating arrays on the way in and out; by default tensors have the arrays' types."""
 
     def function(*args):
-        tensors = [tensor(a) for a in args]
+        import torch
+
+        tensors = [tensor(a, device, dtype) for a in args]
         learning = [t.requires_grad_() for t in tensors if torch.is_tensor(t) and t.is_floating_point()]
         y = f(*tensors)
 
         def vjp(dy):
-            cotangents = torch.autograd.grad(y, learning, tensor(dy), retain_graph=True, allow_unused=True)
+            upstream = tensor(dy, device, dtype)
+            cotangents = torch.autograd.grad(y, learning, upstream, retain_graph=True, allow_unused=True)
             return tuple(map(array, cotangents)) if len(cotangents) > 1 else array(cotangents[0])
 
         return array(y), vjp
+
+    return function
+
+
+def plain(f: Callable, device: str = "cpu", dtype: str | None = None) -> Callable:
+    """`f(*tensors)` as a function of arrays, where nothing is differentiated: a tensor, a tuple of them, or an object
+    with `.codes` and the like becomes an array or a tuple."""
+
+    def function(*args):
+        found = f(*(tensor(a, device, dtype) for a in args))
+        parts = tuple(getattr(found, name) for name in ("codes", "absmax", "offset") if hasattr(found, name))
+        return array(parts or found)
 
     return function
 
@@ -52,24 +81,6 @@ def on_tensors(f: Callable, device: str = "cpu", bfloat16: tuple[int, ...] = ())
     """`f` of arrays, and of dictionaries of arrays, which it may overwrite; tensors in what it returns become arrays.
 
     The arguments at the places `bfloat16` are converted on the way in and out; others have their arrays' types."""
-    import torch
-
-    def tensor(x: Any, narrow: bool) -> Any:
-        if isinstance(x, dict):
-            return {name: tensor(value, narrow) for name, value in x.items()}
-        if not isinstance(x, np.ndarray | np.generic):
-            return x
-        x = np.asarray(x)
-        own = x if x.flags.writeable and all(s >= 0 and s % x.itemsize == 0 for s in x.strides) else x.copy()
-        made = torch.from_numpy(own).to(device)
-        return made.to(torch.bfloat16) if narrow else made
-
-    def array(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {name: array(value) for name, value in x.items()}
-        if isinstance(x, tuple):
-            return tuple(map(array, x))
-        return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy() if torch.is_tensor(x) else x
 
     def write_back(x: Any, changed: Any) -> None:
         if isinstance(x, dict):
@@ -79,7 +90,7 @@ def on_tensors(f: Callable, device: str = "cpu", bfloat16: tuple[int, ...] = ())
             x[...] = array(changed)
 
     def function(*args):
-        tensors = [tensor(a, place in bfloat16) for place, a in enumerate(args)]
+        tensors = [tensor(a, device, "bfloat16" if place in bfloat16 else None) for place, a in enumerate(args)]
         result = f(*tensors)
         for before, after in zip(args, tensors, strict=True):
             write_back(before, after)
@@ -104,11 +115,11 @@ def optimizer(make: Callable, device: str = "cpu", bfloat16: bool = False, **opt
 
         @property
         def m(self) -> dict:
-            return on_tensors(lambda: self.inner.m)()
+            return array(self.inner.m)
 
         @property
         def v(self) -> dict:
-            return on_tensors(lambda: self.inner.v)()
+            return array(self.inner.v)
 
         def update(self, arrays, gradients, learning_rate):
             step = on_tensors(lambda *args: self.inner.update(*args, **options), device, (0, 1) if bfloat16 else ())
