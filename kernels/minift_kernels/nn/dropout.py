@@ -97,10 +97,14 @@ def _save(ctx, inputs, output):
     _, *ctx.rest = inputs
 
 
+def _differentiate(ctx, dy):
+    return _dropout(dy, *ctx.rest), None, None, None, None
+
+
 _dropout = backends.operator(
     "dropout(Tensor x, float p, SymInt key, SymInt offset, str backend) -> Tensor",
     _forward,
     lambda x, p, key, offset, backend: torch.empty_like(x, memory_format=torch.contiguous_format),
-    lambda ctx, dy: (_dropout(dy, *ctx.rest), None, None, None, None),
+    _differentiate,
     _save,
 )

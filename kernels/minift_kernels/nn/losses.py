@@ -178,11 +178,15 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+def _differentiate(ctx, dlosses, *_):
+    return _cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.backend), None, None
+
+
 _cross_entropy = backends.operator(
     "cross_entropy(Tensor logits, Tensor labels, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _like_forward,
-    lambda ctx, dlosses, *_: (_cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.backend), None, None),
+    _differentiate,
     _save,
 )
 _cross_entropy_backward = backends.operator(

@@ -124,16 +124,24 @@ def _save_swiglu(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
+def _differentiate_swiglu(ctx, dy):
+    return *_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None
+
+
 def _save_gelu(ctx, inputs, output):
     x, ctx.tanh, ctx.backend = inputs
     ctx.save_for_backward(x)
+
+
+def _differentiate_gelu(ctx, dy):
+    return _gelu_backward(dy, *ctx.saved_tensors, ctx.tanh, ctx.backend), None, None
 
 
 _swiglu = backends.operator(
     "swiglu(Tensor gate, Tensor up, str backend) -> Tensor",
     _swiglu_forward,
     lambda gate, up, backend: _like(gate),
-    lambda ctx, dy: (*_swiglu_backward(dy, *ctx.saved_tensors, ctx.backend), None),
+    _differentiate_swiglu,
     _save_swiglu,
 )
 _swiglu_backward = backends.operator(
@@ -145,7 +153,7 @@ _gelu = backends.operator(
     "gelu(Tensor x, bool tanh, str backend) -> Tensor",
     _gelu_forward,
     lambda x, tanh, backend: _like(x),
-    lambda ctx, dy: (_gelu_backward(dy, *ctx.saved_tensors, ctx.tanh, ctx.backend), None, None),
+    _differentiate_gelu,
     _save_gelu,
 )
 _gelu_backward = backends.operator(

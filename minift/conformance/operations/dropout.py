@@ -155,7 +155,7 @@ def a_part_has_the_mask_of_the_whole(f, case):
 
 def what_is_dropped_is_exactly_p(f, case):
     """u > p keeps: with p one of the numbers that u takes, that one is dropped; with the number before it, kept."""
-    ones = np.ones(3, storage(case.dtype))
+    ones: np.ndarray = np.ones(3, storage(case.dtype))
     for i in range(3):
         u = triton_rand(case.key, case.offset + i)
         for p, wanted in ((u, False), (np.nextafter(u, np.float32(0)), True)):
@@ -165,7 +165,7 @@ def what_is_dropped_is_exactly_p(f, case):
 
 def nan_stays_nan(f, case):
     """0 · x and not 0: what is broken is not hidden by a mask."""
-    x = np.array([np.nan, np.inf, -1.0], storage(case.dtype))
+    x: np.ndarray = np.array([np.nan, np.inf, -1.0], storage(case.dtype))
     with np.errstate(invalid="ignore"):
         y, _ = f(x, 0.9999, case.key, case.offset)
     wanted = exact(x, kept(case._replace(shape=(3,), p=0.9999)), 0.9999, case.dtype)

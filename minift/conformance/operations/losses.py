@@ -85,7 +85,8 @@ def linear_oracle(labels: np.ndarray, normalizer: float | None, dtype: str = "fl
         nll, e, total = _rows(_kept(logits, dtype), onehot)
         dlogits = _kept((e / total - onehot).where(counts), dtype)
         share = number(dloss) / n
-        dx, more = dlogits @ W, ()
+        dx = dlogits @ W
+        more: tuple[Ball, ...] = ()
         if A is not None:
             dh = dlogits @ B * scaling
             dx, more = dx + dh @ A, (dh.T @ x, dlogits.T @ h)

@@ -110,8 +110,8 @@ def _properties(oracle: Callable, n_arguments: int) -> tuple:
         """No overflow on either side: 0 below and the identity above, in both passes."""
         type_ = storage(case.dtype)
         top = 1e4 if case.dtype == "float16" else 1e18
-        x = np.array([-top, -2e3, -1e3, 1e3, 2e3, top], type_)
-        dy = np.array([-0.5, 2, -2, 0.25, -4, 0.5], type_)  # powers of two: products are exact
+        x: np.ndarray = np.array([-top, -2e3, -1e3, 1e3, 2e3, top], type_)
+        dy: np.ndarray = np.array([-0.5, 2, -2, 0.25, -4, 0.5], type_)  # powers of two: products are exact
         y, vjp = f(*[x, np.ones_like(x)][:n_arguments])
         wanted = [np.maximum(x, 0), dy * (x > 0), dy * np.maximum(x, 0)]
         for what, found, exact in zip(("y", "dx", "dup"), (y, *common.as_tuple(vjp(dy))), wanted, strict=False):
@@ -119,8 +119,8 @@ def _properties(oracle: Callable, n_arguments: int) -> tuple:
 
     def nan_stays_where_it_is(f, case):
         """One broken activation breaks one result, and the others are as without it."""
-        x = np.array([1.0, np.nan, -2.0], storage(case.dtype))
-        dy = np.array([2, 3, 4], storage(case.dtype))
+        x: np.ndarray = np.array([1.0, np.nan, -2.0], storage(case.dtype))
+        dy: np.ndarray = np.array([2, 3, 4], storage(case.dtype))
         results = []
         for value in (x, x[[0, 0, 2]]):
             y, vjp = f(*[value, np.ones_like(x)][:n_arguments])
