@@ -169,3 +169,8 @@ def widened(x: Tensor) -> Tensor:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not less than n: what `tl.arange` can count to."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def warp_size() -> int:
+    """Lanes of a warp: 64 on the GPUs of AMD's data centers, for which PyTorch is built with HIP, otherwise 32."""
+    return 64 if torch.version.hip else 32

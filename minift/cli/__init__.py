@@ -11,6 +11,7 @@ import tyro
 
 from minift.cli.chat import Chat
 from minift.cli.common import forget_the_reader
+from minift.cli.conformance import Conformance
 from minift.cli.convert import Convert
 from minift.cli.finetune import Finetune
 from minift.cli.generate import Generate
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "info": Info,
     "memory": Memory,
+    "conformance": Conformance,
 }
 
 DESCRIPTION = """Fine-tuning of language models from first principles, in NumPy.
@@ -42,7 +44,7 @@ each command and its settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. The exit status is 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command. The exit status is 0, 1 if a property fails, 2 for bad input, 130 after Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="minift",

@@ -24,6 +24,7 @@ from minift.io import Tokenizer, atomic_write, load_adapter, load_model
 from minift.models import llama
 from minift.nn.weight import Params
 from minift.peft import lora, qlora
+from minift.train.engine import NUMPY, Engine
 
 
 class _Console(Console):
@@ -45,7 +46,7 @@ def forget_the_reader() -> None:
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def emit(result: dict[str, Any], as_json: bool, folder: Path | None = None) -> None:
+def emit(result: dict[str, Any] | list[dict[str, Any]], as_json: bool, folder: Path | None = None) -> None:
     """What a command found, in numbers: `summary.json` in its --out, and with --json the last line of stdout."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,24 @@ def modules(names: tuple[str, ...]) -> str | tuple[str, ...]:
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"target_modules is {names[0]!r}, needed a regular expression ({error})") from None
     return names[0]
+
+
+Device = Literal["cpu", "cpu-torch", "cuda"]
+
+
+def engine_on(device: Device) -> Engine:
+    """What computes on this device. torch is imported where it is asked for, and nowhere else.
+
+    ValueError where it is not installed, or finds no GPU."""
+    if device == "cpu":
+        return NUMPY
+    try:
+        from minift_kernels.train import engine
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--device {device}: {error.name} is not installed; pip install 'minift[kernels]', or use --device cpu"
+        ) from None
+    return engine.on(device.removesuffix("-torch"))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from minift.io import (
     load_model,
     load_tokenizer,
     refuse_to_destroy,
+    refuse_to_replace,
     save_adapter,
     save_mlx_adapter,
     save_model,
@@ -59,8 +60,8 @@ class Convert:
             raise FormatError(self.source, "", found, f"{needed} for --to {to}")
         if kind and self.dtype != "float32":
             raise ValueError(f"--dtype {self.dtype} is for models, and {self.source} is {NAMES[kind]}")
-        if not self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
-            raise FormatError(self.out, "", "a folder that is not empty", "an empty or new one, or --overwrite")
+        if not self.overwrite:
+            refuse_to_replace(self.out)
         refuse_to_destroy(self.out, {"adapter_config.json" if kind else "config.json"})
         facts = self._adapter(kind, to) if kind else self._model()
         console.print(f"{self.source} is now {NAMES[to]} in {self.out}: {facts['parameters']:,} parameters")

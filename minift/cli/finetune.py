@@ -16,10 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from minift.cli.common import (
+    Device,
     answer,
     batches_of,
     console,
     emit,
+    engine_on,
     modules,
     peak_memory_bytes,
     read_data,
@@ -33,11 +35,9 @@ from minift.models import llama
 from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora
-from minift.train import sft
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Result, Settings, at_least, fit
 from minift.train.methods import Method, prepare
-from minift.train.parallel import side_by_side
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
 # what QLoRA (2e-4) and Alpaca (2e-5) used.
@@ -92,6 +92,8 @@ class Finetune:
     such as '.*layers\\.[01]\\..*_proj'."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, far less memory."""
+    device: Device = "cpu"
+    """cpu: NumPy. cpu-torch: the same in PyTorch. cuda: the kernels of minift_kernels, frozen weights in bfloat16."""
     eval_examples: int = 400
     """Held-out examples that the loss is measured on."""
     eval_every: int = 100
@@ -111,6 +113,7 @@ class Finetune:
         at_least(1, eval_examples=self.eval_examples)
         at_least(2, seq_len=self.seq_len)
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
+        engine = engine_on(self.device)
         config, params = load_model(self.model)
         settings = self._settings(config)
         warn_beyond(config, self.seq_len, "examples of --seq-len")
@@ -138,19 +141,20 @@ class Finetune:
         before = _answers(params, config, tokenizer, questions)
 
         def loss(params, batch, normalizer, key):
-            return sft.loss(params, batch, config, normalizer, key if self.lora_dropout else None, self.recompute)
+            return engine.loss(params, batch, config, normalizer, key if self.lora_dropout else None, self.recompute)
 
         with Watcher(self.steps) as watch:
             result = fit(
                 params,
-                side_by_side(loss),
+                loss,
                 batches_of(data.train, self.batch_size, self.gradient_accumulation_steps, self.seed),
                 settings,
-                evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size),
+                evaluate=lambda p: held_out_loss(p, data.held_out, config, self.batch_size, engine.value),
                 folder=self.out,
                 identity=self._identity(data.train),
                 resume=self.resume,
                 report=watch,
+                engine=engine,
             )
         if result.interrupted:
             console.print(f"stopped after step {result.records[-1]['step']}; the same command with --resume goes on")

@@ -13,7 +13,15 @@ from rich.table import Table
 from minift.cli.common import Base, console, emit, put_on
 from minift.data import stdlib_docs
 from minift.data.batches import Batch, chunks, pad
-from minift.io import FormatError, Tokenizer, load_adapter, load_model, load_tokenizer, refuse_to_destroy, save_model
+from minift.io import (
+    Tokenizer,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    refuse_to_destroy,
+    refuse_to_replace,
+    save_model,
+)
 from minift.io.huggingface import as_stored, stored_bytes
 from minift.models import llama
 from minift.nn.losses import cross_entropy
@@ -66,8 +74,8 @@ class Merge:
 
     def run(self) -> int:
         at_least(0, eval_examples=self.eval_examples)
-        if not self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
-            raise FormatError(self.out, "", "a folder that is not empty", "an empty or new one, or --overwrite")
+        if not self.overwrite:
+            refuse_to_replace(self.out)
         refuse_to_destroy(self.out, {"config.json"})
         config, original = load_model(self.model)
         tokenizer = load_tokenizer(self.model)

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from rich.text import Text
 
-from minift.cli.common import batches_of, console, emit, peak_memory_bytes
+from minift.cli.common import Device, batches_of, console, emit, engine_on, peak_memory_bytes
 from minift.cli.watch import Watcher, draw_losses
 from minift.data import stdlib_docs
 from minift.data.batches import Encoded, chunks
@@ -21,10 +21,8 @@ from minift.data.templates import CHATML
 from minift.io import Tokenizer, refuse_to_destroy, save_model
 from minift.models import llama
 from minift.peft import qlora
-from minift.train import sft
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Settings, at_least, fit
-from minift.train.parallel import side_by_side
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -79,6 +77,8 @@ class Pretrain:
     """Decoupled, on matrices only."""
     storage: Literal["nf4", "float32"] = "nf4"
     """How the linear layers are written: 4 bits with double quantization, or as they are."""
+    device: Device = "cpu"
+    """cpu: NumPy. cpu-torch: the same in PyTorch. cuda: the kernels of minift_kernels."""
     eval_every: int = 100
     """Steps between measurements of the held-out loss."""
     seed: int = 0
@@ -103,6 +103,7 @@ class Pretrain:
             keep_best=True,
         )
         refuse_to_destroy(self.out / "model", {"config.json"})
+        engine = engine_on(self.device)
         config, found = PRESETS[self.preset], stdlib_docs.embedded()
         train_text, held_out_text = (
             [*map(_entry, pairs), *(e.text for e in text)]
@@ -124,19 +125,20 @@ class Pretrain:
         )
 
         def loss(params, batch, normalizer, key):
-            return sft.loss(params, batch, config, normalizer)
+            return engine.loss(params, batch, config, normalizer)
 
         with Watcher(self.steps) as watch:
             result = fit(
                 params,
-                side_by_side(loss),
+                loss,
                 batches_of(train, self.batch_size, 1, self.seed),
                 settings,
-                evaluate=lambda p: held_out_loss(p, held_out, config),
+                evaluate=lambda p: held_out_loss(p, held_out, config, value=engine.value),
                 folder=self.out,
                 identity={"preset": self.preset, "batch_size": self.batch_size, "seq_len": self.seq_len},
                 resume=self.resume,
                 report=watch,
+                engine=engine,
             )
         if result.interrupted:
             console.print(f"stopped after step {result.records[-1]['step']}; the same command with --resume goes on")

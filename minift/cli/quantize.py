@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from minift.cli.common import console, emit
-from minift.io import TINY, FormatError, load_model, load_tokenizer, refuse_to_destroy, save_model
+from minift.io import TINY, load_model, load_tokenizer, refuse_to_destroy, refuse_to_replace, save_model
 from minift.io.bitsandbytes4 import rounded
 from minift.nn.weight import dense
 from minift.peft import lora, qlora
@@ -53,8 +53,8 @@ class Quantize:
 
     def run(self) -> int:
         nf4.check_block_size(self.block_size)
-        if not self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
-            raise FormatError(self.out, "", "a folder that is not empty", "an empty or new one, or --overwrite")
+        if not self.overwrite:
+            refuse_to_replace(self.out)
         refuse_to_destroy(self.out, {"config.json"})
         config, params = load_model(self.source, keep_quantized=True)
         tokenizer = load_tokenizer(self.source)

@@ -108,8 +108,10 @@ class Ball:
         )  # no rounding
 
     def sqrt(self) -> Ball:
+        """|√a − √b| = |a − b| / (√a + √b), and never more than √|a − b|, which says something around 0."""
         value, lowest = np.sqrt(self.value), np.sqrt(np.maximum(self.value - self.radius, 0))
-        return self._rounded(value, self.radius / np.maximum(value + lowest, np.finfo(np.float64).tiny), QUOTIENT)
+        quotient = self.radius / np.maximum(value + lowest, np.finfo(np.float64).tiny)
+        return self._rounded(value, np.minimum(quotient, np.sqrt(self.radius)), QUOTIENT)
 
     def exp(self) -> Ball:
         value = np.exp(self.value)

@@ -35,12 +35,18 @@ class Operation:
     fixed: tuple[Any, ...]
     properties: tuple[Property, ...]
 
+    @property
+    def has_pullback(self) -> bool:
+        """Whether it returns `y, vjp`."""
+        return "vjp" in self.takes
+
 
 @dataclass(frozen=True)
 class Implementation:
     """Functions under the names of operations, and the dtypes that they promise.
 
-    `ours`: a failure is a bug of minift's.
+    `ours`: a failure is ours to mend, minift's or in the user's own file; of others it is a finding.
+    A function may raise NotImplementedError for a case that it does not promise.
     `missing` says why there is nothing to run here, for instance that a package is not installed."""
 
     name: str

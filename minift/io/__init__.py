@@ -8,7 +8,7 @@ from typing import Any
 from minift.io import gguf as _gguf
 from minift.io import huggingface as _huggingface
 from minift.io import leftovers as _leftovers
-from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy
+from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy, refuse_to_replace
 from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
 from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "refuse_to_destroy",
+    "refuse_to_replace",
     "save_adapter",
     "save_mlx_adapter",
     "save_model",

@@ -52,8 +52,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         raise FormatError(path, "", "a file", "a folder, or a name that is free")
     path.parent.mkdir(parents=True, exist_ok=True)
     with leftovers.temporary(path, folder=True) as temporary:
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
-            raise FormatError(path, "", "a folder that is not empty", "an empty or new one, or overwrite=True")
+        if not overwrite:
+            refuse_to_replace(path, "overwrite=True")
         yield temporary
         refuse_to_destroy(path, {file.name for file in temporary.iterdir()})
         checksum.write_sums(temporary)
@@ -74,6 +74,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_to_replace(path: Path, otherwise: str = "--overwrite") -> None:
+    """FormatError if `path` is a folder with something in it; `otherwise` is how one says that it may be replaced."""
+    if path.is_dir() and any(path.iterdir()):
+        raise FormatError(path, "", "a folder that is not empty", f"an empty or new one, or {otherwise}")
 
 
 def refuse_to_destroy(path: Path, names: set[str]) -> None:

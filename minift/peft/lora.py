@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from statistics import mode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +31,28 @@ from jaxtyping import Float
 from minift.nn.dropout import dropout
 from minift.nn.linear import rows
 from minift.nn.weight import Arrays, Frozen, Params, Weight, freeze, trainable
-from minift.peft.targets import pattern_values, saved, short_targets, targets
-from minift.peft.tuned import UNTIE, Tuned, tied
+from minift.peft.adapter import A_NAME, B_NAME, Adapter, described, mixed, placed, plan, scaling
+from minift.peft.targets import targets
+from minift.peft.tuned import Tuned
 from minift.quant.nf4 import NF4Tensor
 
-A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
+__all__ = [
+    "A_NAME",
+    "B_NAME",
+    "Adapter",
+    "LoRA",
+    "attach",
+    "bare",
+    "detach",
+    "forward",
+    "insert",
+    "merge",
+    "mix",
+    "scaling",
+    "targets",
+    "trainable_parameters",
+    "unmerge",
+]
 
 
 def forward(
@@ -137,50 +153,6 @@ class LoRA:
         return f"LoRA(r={len(self.A)}, lora_alpha={self.lora_alpha:g}, {learned:,} numbers on {self.base!r})"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter file holds: the learned arrays under PEFT's names, and how to apply them.
-
-    Layers may differ in rank, which their matrices say themselves, and in alpha."""
-
-    arrays: Arrays  # "….q_proj.lora_A.weight" and so on; "lm_head.weight" for a weight that was trained in full
-    r: int  # of most layers
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-    use_rslora: bool = False
-    lora_dropout: float = 0.0
-    over_nf4: bool = False  # learned on top of 4-bit weights (QLoRA), so it belongs to those
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # path of a layer -> its alpha, if not lora_alpha
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The path of every adapted layer, and its rank."""
-        suffix = f".{A_NAME}"
-        return {full.removesuffix(suffix): len(A) for full, A in self.arrays.items() if full.endswith(suffix)}
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        """The paths of the modules that were trained in full."""
-        whole = (full for full in self.arrays if not full.endswith((f".{A_NAME}", f".{B_NAME}")))
-        return tuple(full.removesuffix(".weight") for full in whole)
-
-    def scaling(self, path: str) -> float:
-        """s of the layer of this path."""
-        r = len(self.arrays[f"{path}.{A_NAME}"])
-        return scaling(self.alpha_pattern.get(path, self.lora_alpha), r, self.use_rslora)
-
-    def __repr__(self) -> str:
-        size = sum(a.size for a in self.arrays.values())
-        nbytes = sum(a.nbytes for a in self.arrays.values())
-        where = ", ".join((*self.target_modules, *(f"all of {path}" for path in self.modules_to_save)))
-        return f"Adapter(r={self.r}, lora_alpha={self.lora_alpha:g}, {where}: {size:,} numbers, {nbytes:,} bytes)"
-
-
-def scaling(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
-    """s = α / r, or α / √r for rsLoRA."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
 def attach(
     params: Params,
     target_modules: str | Iterable[str] = "all-linear",
@@ -204,27 +176,17 @@ def attach(
     ValueError for a name or key that matches nothing (a table of embeddings is no target: no adapter fits it), a rank
     that is not a whole number from 1 on, an alpha that is not positive, a dropout outside [0, 1), a module to save that
     is tied to another, or parameters that carry an adapter already."""
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout is {lora_dropout}, needed 0 <= lora_dropout < 1")
     frozen = freeze(params)
-    _refuse_tied(params, modules_to_save := tuple(modules_to_save))
-    whole = saved(params, modules_to_save)
-    paths = {name: name.removesuffix(".weight") for name in targets(params, target_modules) if name not in whole}
-    ranks = dict.fromkeys(paths.values(), r) | _pattern("rank_pattern", rank_pattern, paths.values())
-    alphas = dict.fromkeys(paths.values(), lora_alpha) | _pattern("alpha_pattern", alpha_pattern, paths.values())
-    for rank in (r, *ranks.values()):
-        if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
-            raise ValueError(f"r is {rank}, needed a rank of at least 1, a whole number")
-    for alpha in (lora_alpha, *alphas.values()):
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"lora_alpha is {alpha}, needed a positive number")
-    for name, path in paths.items():
-        base, rank = frozen[name], ranks[path]
+    chosen, whole = plan(
+        params, target_modules, r, lora_alpha, lora_dropout, rank_pattern, alpha_pattern, modules_to_save
+    )
+    for name, (rank, alpha) in chosen.items():
+        base = frozen[name]
         (d_out, d_in), dtype = base.shape, base.array.dtype if isinstance(base, Frozen) else np.float32
         bound = 1 / math.sqrt(d_in)
         A = rng.uniform(-bound, bound, (rank, d_in)).astype(dtype)
         B = np.zeros((d_out, rank), dtype)
-        frozen[name] = LoRA(base, A, B, alphas[path], use_rslora, lora_dropout)
+        frozen[name] = LoRA(base, A, B, alpha, use_rslora, lora_dropout)
     return frozen | {name: Tuned(frozen[name], frozen[name].dense().copy()) for name in whole}
 
 
@@ -232,23 +194,10 @@ def detach(params: Params) -> tuple[dict[str, Any], Adapter]:
     """Take the adapter off: the frozen base and the adapter. ValueError where there is none, or where layers differ in
     what PEFT has one setting for: use_rslora, lora_dropout."""
     loras = {name.removesuffix(".weight"): w for name, w in _loras(params).items()}
-    settings = {(w.use_rslora, w.lora_dropout) for w in loras.values()}
-    if len(settings) > 1:
-        raise ValueError(f"layers differ in (use_rslora, lora_dropout): {sorted(settings)}")
-    ((use_rslora, lora_dropout),) = settings
     learned = {name: w for name, w in params.items() if isinstance(w, LoRA | Tuned)}
+    over_nf4 = any(isinstance(w.base, NF4Tensor) for w in loras.values())
     base = bare(params)
-    lora_alpha = mode(w.lora_alpha for w in loras.values())
-    return base, Adapter(
-        arrays=trainable(learned),
-        r=mode(len(w.A) for w in loras.values()),
-        lora_alpha=lora_alpha,
-        target_modules=short_targets(base, loras),
-        use_rslora=use_rslora,
-        lora_dropout=lora_dropout,
-        over_nf4=any(isinstance(w.base, NF4Tensor) for w in loras.values()),
-        alpha_pattern={path: w.lora_alpha for path, w in loras.items() if w.lora_alpha != lora_alpha},
-    )
+    return base, described(base, loras, trainable(learned), over_nf4)
 
 
 def bare(params: Params) -> dict[str, Any]:
@@ -261,21 +210,7 @@ def insert(params: Params, adapter: Adapter) -> dict[str, Any]:
 
     KeyError for a layer that the model does not have or of which only one matrix is there, ValueError for one of
     another shape, or for a weight to be trained in full that is tied to another."""
-    carried = freeze(bare(params))
-    left = dict(adapter.arrays)
-    for path in adapter.ranks:
-        name, full, partner = f"{path}.weight", f"{path}.{A_NAME}", f"{path}.{B_NAME}"
-        if name not in carried or partner not in left:
-            raise KeyError(f"{full}: the model has no {name}" if name not in carried else f"{partner} is missing")
-        alpha = adapter.alpha_pattern.get(path, adapter.lora_alpha)
-        A, B = left.pop(full), left.pop(partner)
-        carried[name] = LoRA(carried[name], A, B, alpha, adapter.use_rslora, adapter.lora_dropout)
-    _refuse_tied(params, [name.removesuffix(".weight") for name in left])
-    for name, array in left.items():
-        if name not in carried:
-            raise KeyError(f"{name} is not the A or B of a layer, and the model has no weight of that name")
-        carried[name] = Tuned(carried[name], array)
-    return carried
+    return placed(freeze(bare(params)), adapter, LoRA, Tuned)
 
 
 def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
@@ -286,42 +221,7 @@ def mix(adapters: Iterable[tuple[Adapter, float]]) -> Adapter:
     A layer's rank is the sum over the adapters that have it, its scaling 1. (Averaging A and B separately, as PEFT's
     "linear" combination does, adds cross terms B_i A_j that no adapter has learned.) ValueError for an empty list, a
     weight that is not finite, an adapter with whole weights, or adapters of which only some were learned over NF4."""
-    parts = list(adapters)
-    if not parts:
-        raise ValueError("nothing to mix: pass at least one (adapter, weight)")
-    for adapter, weight in parts:
-        if not math.isfinite(weight):
-            raise ValueError(f"an adapter's weight is {weight}, needed a finite number")
-        if adapter.modules_to_save:
-            raise ValueError(
-                f"{adapter.modules_to_save[0]} was trained in full: that is a weight, not a difference, and does not "
-                "add up; merge this adapter into the base and mix the others"
-            )
-    bases = {adapter.over_nf4 for adapter, _ in parts}
-    if len(bases) > 1:
-        raise ValueError(
-            "some of the adapters were learned over NF4 weights and some over the original ones, needed one base; "
-            "if you mean to mix them, say which with dataclasses.replace(adapter, over_nf4=...)"
-        )
-    blocks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # c s B and A of each layer
-    for adapter, weight in parts:
-        for path in adapter.ranks:
-            A, B = (adapter.arrays[f"{path}.{part}"] for part in (A_NAME, B_NAME))
-            blocks.setdefault(path, []).append((weight * adapter.scaling(path) * B, A))
-    arrays: Arrays = {}
-    for path, of_layer in blocks.items():
-        arrays[f"{path}.{A_NAME}"] = np.concatenate([A for _, A in of_layer], axis=0)
-        arrays[f"{path}.{B_NAME}"] = np.concatenate([B for B, _ in of_layer], axis=1)
-    ranks = {path: sum(len(A) for _, A in of_layer) for path, of_layer in blocks.items()}
-    r = mode(ranks.values())
-    return Adapter(
-        arrays,
-        r,
-        lora_alpha=float(r),
-        target_modules=tuple(sorted({target for adapter, _ in parts for target in adapter.target_modules})),
-        over_nf4=bases.pop(),
-        alpha_pattern={path: float(rank) for path, rank in ranks.items() if rank != r},
-    )
+    return mixed(adapters, np.concatenate)
 
 
 def merge(params: Params) -> dict[str, Any]:
@@ -354,15 +254,3 @@ def _loras(params: Params) -> dict[str, LoRA]:
     if not loras:
         raise ValueError("these parameters carry no adapter: attach or insert one first (or was it merged already?)")
     return loras
-
-
-def _pattern(what: str, pattern: Mapping[str, Any] | None, paths: Collection[str]) -> dict[str, Any]:
-    for key, value in (pattern or {}).items():
-        if not pattern_values({key: value}, paths):
-            raise ValueError(f"{what}: {key!r} matches no target")
-    return pattern_values(pattern or {}, paths)
-
-
-def _refuse_tied(params: Params, paths: Iterable[str]) -> None:
-    if (path := tied(params, paths)) is not None:
-        raise ValueError(f"{path}: the model's output matrix is its table of embeddings, needed two; {UNTIE}")

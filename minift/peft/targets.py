@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-
-from minift.nn.weight import Params
+from typing import Any
 
 TABLES = ("embed_tokens", "wte", "wpe")  # rows are looked up, nothing is multiplied: no adapter fits
 NOT_LINEAR = (*TABLES, "lm_head", "score")  # tables and heads: not meant by "all-linear"
@@ -48,7 +47,7 @@ class Selection:
         return any(module.endswith(self.modules_to_save) for module in around)
 
 
-def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
+def targets(params: Mapping[str, Any], target_modules: str | Iterable[str]) -> list[str]:
     """The names of the weights that `target_modules` means: names such as "q_proj" or whole paths (both match from the
     end, at a dot), one regular expression that must match the whole path, or "all-linear".
 
@@ -66,7 +65,7 @@ def targets(params: Params, target_modules: str | Iterable[str]) -> list[str]:
     return chosen
 
 
-def saved(params: Params, modules_to_save: Iterable[str]) -> list[str]:
+def saved(params: Mapping[str, Any], modules_to_save: Iterable[str]) -> list[str]:
     """The names of the weights that `modules_to_save` means: those of every module whose path ends in one of these, and
     of the modules in it. ValueError for one that matches nothing, or matches a bias."""
     names: dict[str, None] = {}
@@ -81,13 +80,13 @@ def saved(params: Params, modules_to_save: Iterable[str]) -> list[str]:
     return [name for name in params if name in names]
 
 
-def linear_layers(params: Params) -> dict[str, str]:
+def linear_layers(params: Mapping[str, Any]) -> dict[str, str]:
     """{name of the weight: path} of every matrix that an adapter fits."""
     paths = {name: name.removesuffix(".weight") for name, weight in params.items() if len(weight.shape) == 2}
     return {name: path for name, path in paths.items() if _leaf(path) not in TABLES}
 
 
-def short_targets(params: Params, paths: Iterable[str]) -> tuple[str, ...]:
+def short_targets(params: Mapping[str, Any], paths: Iterable[str]) -> tuple[str, ...]:
     """The shortest `target_modules` that means exactly these layers: module names if they do, else whole paths."""
     paths = tuple(paths)
     leaves = sorted({_leaf(path) for path in paths})

@@ -7,13 +7,14 @@ must come off again and leave the base as it was, to the bit. Therefore the weig
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from minift.nn.linear import linear
-from minift.nn.weight import Arrays, Params, Weight, learns
+from minift.nn.weight import Arrays, Weight, learns
 
 UNTIE = "give params['lm_head.weight'] a copy of it, and the config tie_word_embeddings=False"
 
@@ -61,7 +62,7 @@ class Tuned:
         return f"Tuned({self.array.dtype} {self.array.shape} in place of {self.base!r})"
 
 
-def tied(params: Params, paths: Iterable[str]) -> str | None:
+def tied(params: Mapping[str, Any], paths: Iterable[str]) -> str | None:
     """The first of these modules that is table of embeddings and output matrix at once; it has no name of its own. PEFT
     trains a copy for one of the two uses and leaves the other as it was, though the model says that they are one."""
     if any(head in params for head in ("lm_head.weight", "score.weight")):

@@ -25,10 +25,10 @@ from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Arrays, Params, replace, trainable
-from minift.optim.adamw import AdamW, clip_by_global_norm
 from minift.optim.schedules import Schedule, learning_rate
 from minift.train import checkpoint
 from minift.train.allocator import keep_freed_memory
+from minift.train.engine import NUMPY, Engine
 
 METRICS = "metrics.jsonl"
 
@@ -90,6 +90,7 @@ def fit(
     identity: dict[str, Any] | None = None,
     resume: bool = False,
     report: Callable[[Record], None] = lambda record: None,
+    engine: Engine = NUMPY,
 ) -> Result:
     """Train what learns in `params`; the arrays that were passed in are not changed.
 
@@ -97,6 +98,7 @@ def fit(
     batches(step)     the micro-batches of step 1, 2, …: a pure function; their gradients add up to that of one batch
     evaluate(params)  held-out loss, before the first step, every `eval_every` steps and after the last
     folder            where checkpoints and `metrics.jsonl` go; Ctrl-C, or a polite kill, leaves a checkpoint there
+    engine            what computes; `loss` and `evaluate` get its parameters, files and the result are NumPy's
     identity          what the run is (model, data, method); a checkpoint of another identity is not resumed
 
     FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite
@@ -107,7 +109,7 @@ def fit(
     if not arrays:
         raise ValueError("nothing learns in these parameters: attach an adapter, or thaw what should be trained")
     identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k != "save_every"}
-    optimizer = AdamW(weight_decay=settings.weight_decay)
+    optimizer = engine.optimizer(weight_decay=settings.weight_decay)
     records, best, best_loss = [], Arrays(), math.inf
     if folder is not None and not resume:
         (folder / checkpoint.NAME).unlink(missing_ok=True)  # of an earlier run, whose records are overwritten too
@@ -115,16 +117,17 @@ def fit(
         saved = checkpoint.load(folder, identity, arrays)
         arrays, best = saved.parameters, saved.best
         best_loss = math.inf if saved.best_loss is None else saved.best_loss
-        optimizer.step, optimizer.m, optimizer.v = saved.step, saved.m, saved.v
+        optimizer.step, optimizer.m, optimizer.v = saved.step, engine.send(saved.m), engine.send(saved.v)
         records = _read_records(folder / METRICS, saved.step)
-    current = replace(params, arrays)  # AdamW writes into `arrays`, so `current` follows by itself
+    current = engine.place(replace(params, arrays))
+    arrays = engine.trainable(current)  # AdamW writes into these, so `current` follows by itself
 
     def save() -> None:
         if folder is not None:
+            parameters, m, v = (engine.fetch(part) for part in (arrays, optimizer.m, optimizer.v))
             best_or_none = best_loss if math.isfinite(best_loss) else None
             checkpoint.save(
-                folder,
-                checkpoint.Checkpoint(optimizer.step, identity, arrays, optimizer.m, optimizer.v, best, best_or_none),
+                folder, checkpoint.Checkpoint(optimizer.step, identity, parameters, m, v, best, best_or_none)
             )
 
     with _Log(folder, records, report) as log, _stop_signals() as stopped:
@@ -136,7 +139,7 @@ def fit(
             value = evaluate(current)
             log({"step": step, "eval_loss": value})
             if settings.keep_best and value < best_loss:
-                best, best_loss = checkpoint.copy(arrays), value
+                best, best_loss = checkpoint.copy(engine.fetch(arrays)), value
 
         if not records:
             evaluated(0)
@@ -147,7 +150,7 @@ def fit(
             value, gradients = _accumulate(current, loss, micro_batches, fold_in(settings.seed, step))
             if not math.isfinite(value):
                 raise ValueError(f"step {step}: the loss is {value}: lower the learning rate")
-            gradients, norm = clip_by_global_norm(gradients, settings.max_grad_norm)
+            gradients, norm = engine.clip_by_global_norm(gradients, settings.max_grad_norm)
             eta = learning_rate(step, settings.learning_rate, settings.steps, settings.warmup_steps, settings.schedule)
             optimizer.update(arrays, gradients, eta)
             tokens = sum(int(batch.lengths.sum()) for batch in micro_batches)
@@ -162,9 +165,8 @@ def fit(
                 save()
         interrupted = optimizer.step < settings.steps
         save()
-    if settings.keep_best and best and not interrupted:
-        current = replace(params, best)
-    return Result(current, log.records, optimizer.nbytes, interrupted)
+    learned = best if settings.keep_best and best and not interrupted else engine.fetch(arrays)
+    return Result(replace(params, learned), log.records, optimizer.nbytes, interrupted)
 
 
 def _accumulate(params: Params, loss: Loss, micro_batches: list[Batch], key: int) -> tuple[float, Arrays]:

@@ -70,29 +70,38 @@ def version(f, name, kernel, what, also=()):
 
 @contextmanager
 def guarded(also=()):
-    """Every launch writes all of its outputs, each place once, and nothing else; reads nothing else than its arguments
-    (and the tensors in `also`, for a kernel that is given addresses); changes no input; gives the same bits twice, into
-    outputs that are NaN before."""
+    """Every launch writes all of its outputs, each place once, and nothing else; reads nothing else than its arguments;
+    changes no input; gives the same bits twice, into outputs that are NaN before.
+
+    `also` holds `Watched` tensors for a kernel that is given addresses. Those that may be written are overwritten in
+    place: all of their elements, or, by a launch that is not about them, none."""
 
     def run(launch, device, before):
         written, given = launch.arguments[: launch.outputs], launch.arguments[launch.outputs :]
         inputs = [a for a in given if isinstance(a, torch.Tensor)]
         hashes = [bits(a) for a in inputs]
+        in_place = [(place.tensor, place.tensor.clone()) for place in also if place.write]
         results = []
         for watching in (True, False):  # watching takes most of the time, and once is enough
             buffers = [between_canaries(a, launch.in_place) for a in written]
+            for tensor, before_launch in in_place:
+                tensor.copy_(before_launch)
             guarded_launch = dataclasses.replace(launch, arguments=(*(out for _, out in buffers), *given))
             if watching:
                 outputs = [Watched(out, write=True, read=launch.in_place) for _, out in buffers]
-                with watch([*outputs, *map(Watched, inputs), *also]):
+                others = [dataclasses.replace(place) for place in also]  # which have not been stored to yet
+                with watch([*outputs, *map(Watched, inputs), *others]):
                     before(guarded_launch, device)
                 for index, place in enumerate(outputs if 0 not in launch.grid else []):
                     stored, needed = len(place.touched), place.tensor.numel()
                     assert stored == needed, f"output {index}: {stored} of {needed} places were stored to"
+                for index, place in enumerate(others):
+                    stored, needed = len(place.touched), place.tensor.numel()
+                    assert stored in (0, needed), f"tensor {index}: {stored} of {needed} places were stored to"
             else:
                 before(guarded_launch, device)
             assert all(canaries_alive(*pair) for pair in buffers), "a canary beside an output was changed"
-            results.append([bits(out) for _, out in buffers])
+            results.append([bits(out) for out in [*(out for _, out in buffers), *(tensor for tensor, _ in in_place)]])
         assert [bits(a) for a in inputs] == hashes, "an input was changed"
         assert results[0] == results[1], "other bits the second time"
         for target, (_, out) in zip(written, buffers, strict=True):

@@ -8,16 +8,17 @@ import torch
 from interpreter_memory import Watched, watch
 from nf4_properties import CPU, bits
 
+from minift.conformance.operations.nf4 import THRESHOLDS
+from minift.conformance.strategies import battery
 from minift.quant import nf4 as reference
 from minift_kernels import aot, backend
 from minift_kernels.backend import Launch
 from minift_kernels.quant import nf4
 from nn.checks import kill_matrix
-from quant.trouble import BNB_THRESHOLDS, battery
 from wrong_kernels import wrong_nf4_quantize
 
 BACKENDS = ("torch", "interpreter")
-CASES = battery(BNB_THRESHOLDS, (32, 64, 256, 4096))
+CASES = battery(THRESHOLDS, (32, 64, 256, 4096))
 
 
 def in_the_kernel(launch, w, block_size):

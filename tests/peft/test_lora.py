@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minift.conformance import bounds
 from minift.conformance.gradients import check_vjp
+from minift.conformance.operations import lora as operation
 from minift.models import llama
 from minift.nn.dropout import uniform
 from minift.nn.weight import Frozen, freeze, learns, replace, trainable
@@ -20,6 +21,7 @@ from minift.peft import lora, qlora
 from minift.peft.lora import LoRA
 from minift.peft.tuned import Tuned
 from minift.quant import double_quant, nf4
+from nn.checks import kill_matrix
 
 CONFIG = llama.Config(23, 12, 20, 2, 4, 2, 6)
 LAYER = "model.layers.1.self_attn.q_proj."
@@ -119,6 +121,18 @@ def test_wrong_forward_is_rejected(wrong):
 @pytest.mark.parametrize("holds", FORWARD_PROPERTIES)
 def test_every_property_rejects_something(holds):
     assert any(rejected(holds, wrong) for wrong in wrong_lora.FORWARD)
+
+
+@pytest.mark.parametrize("holds", operation.PROPERTIES, ids=lambda p: p.__name__)
+def test_what_the_kernels_must_satisfy(holds):
+    for case in operation.FIXED:
+        if case.dtype in ("float32", "float64"):
+            holds(lora.forward, case)
+
+
+def test_what_the_kernels_must_satisfy_rejects_wrong_versions():
+    of_numbers = [p for p in operation.PROPERTIES if p not in (operation.any_layout, operation.changes_nothing)]
+    kill_matrix(of_numbers, wrong_lora.FORWARD, operation.FIXED[:2] + operation.FIXED[-1:])
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------

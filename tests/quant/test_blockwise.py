@@ -1,21 +1,22 @@
 """Block-wise quantization with any codebook, and where the codebooks come from."""
 
 import hashlib
-import sys
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
+from minift.conformance import check, strategies
+from minift.conformance.common import same_bits
+from minift.conformance.operations.blockwise import OPERATIONS
+from minift.conformance.quantizers import quantizer, thresholds_of
+from minift.conformance.strategies import Numbers, battery, neighbors
 from minift.quant import blockwise, codebooks, nf4
-from quant import properties, wrong_quant
-from quant.trouble import battery, finite, neighbors, tensors
+from quant.quant_checks import peak_memory, refused
 
 f32 = np.float32
-OURS = sys.modules["minift.quant.blockwise"]
 CODEBOOKS = {
     "int4": codebooks.INT4,
     "int8": codebooks.INT8,
@@ -27,11 +28,6 @@ CODEBOOKS = {
     "crowded": np.array([-1, 0, 0.5, 0.5 + 2.0**-24, 0.5 + 2.0**-23, 1], f32),
 }
 TINY_GAPS = np.array([-1, -3e-41, 1e-41, 1], f32)  # a threshold among the subnormal numbers
-CASES = {
-    name: [(x, code, b) for _, x, b in battery(blockwise.midpoints(code), (32, 96))]
-    for name, code in CODEBOOKS.items()
-    if name in ("int4", "dynamic", "nf4", "fp4")
-}
 
 
 # Codebooks.
@@ -83,7 +79,7 @@ def test_fp4_codes_of_bitsandbytes_away_from_zero_and_ties(rng):
     zero = ours == 0
     assert set(theirs[zero].tolist()) <= {0, 8} and 0 < zero.mean() < 0.01
     assert (ours[~zero] == theirs[~zero]).all()
-    properties.same_bits(q.absmax, state.absmax.numpy(), "absmax")
+    same_bits(q.absmax, state.absmax.numpy(), "absmax")
 
 
 @pytest.mark.parametrize("name", ["INT4", "INT8", "FP4", "FP4_BY_CODE", "DYNAMIC", "DYNAMIC_UNSIGNED"])
@@ -98,27 +94,37 @@ def test_codebooks_cannot_be_changed(name):
 # The rule.
 
 
-@pytest.mark.parametrize("prop", properties.OF_A_CODEBOOK, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("name", CASES)
-def test_battery(prop, name):
-    for args in CASES[name]:
-        prop(OURS, *args)
+def properties_of(code):
+    """For a codebook that is none of those that the suite holds others against."""
+    found = quantizer(lambda f, x, case: f(x, code, case.block_size), lambda case: code, packed=False)
+    apart = np.diff(code).min() > 2.0**-20  # entries that rounding cannot take for each other
+    return [prop for prop in found if apart or prop.__name__ != "quantizing_again_changes_nothing"]
 
 
-@pytest.mark.parametrize("prop", properties.OF_A_CODEBOOK[:4], ids=lambda p: p.__name__)
-@settings(max_examples=60)
-@given(data=st.data())
-def test_drawn(prop, data):
-    code = CODEBOOKS[data.draw(st.sampled_from(list(CODEBOOKS)))]
-    x, block_size = data.draw(tensors(blockwise.midpoints(code), block_sizes=(1, 2, 7, 32, 300)))
-    prop(OURS, x, code, block_size)
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_battery(name):
+    code = CODEBOOKS[name]
+    for _, x, block_size in battery(blockwise.midpoints(code), (32, 96)):
+        for prop in properties_of(code):
+            prop(blockwise.quantize, Numbers.of(x, block_size))
 
 
-def test_kill_matrix():
-    cases = [args for name in CASES for args in CASES[name]]
-    wrong_quant.kill_matrix(
-        properties.OF_A_CODEBOOK, wrong_quant.SimpleBlockwise, dict.fromkeys(properties.OF_A_CODEBOOK, cases), 9
-    )
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+def test_drawn(operation):
+    check(operation.name, operation.reference, examples=60, dtypes=("float32", "float64", "float16"))
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_any_block_size(name):
+    code = CODEBOOKS[name]
+
+    @settings(max_examples=30)
+    @given(strategies.numbers(thresholds_of(code.tobytes()), (1, 2, 7, 32, 300), ("float32", "float64")))
+    def hold(case):
+        for prop in properties_of(code):
+            prop(blockwise.quantize, case)
+
+    hold()
 
 
 @pytest.mark.parametrize("block_size", [1000, 70_000])
@@ -127,25 +133,25 @@ def test_many_chunks(block_size, rng):
     x = rng.standard_normal(3 * blockwise.CHUNK + 99).astype(f32)
     q = blockwise.quantize(x, codebooks.DYNAMIC, block_size)
     pieces = [blockwise.quantize(x[i : i + block_size], q.code, block_size) for i in range(0, x.size, block_size)]
-    properties.same_bits(q.codes, np.concatenate([p.codes for p in pieces]), "codes")
-    properties.same_bits(q.absmax, np.concatenate([p.absmax for p in pieces]), "absmax")
+    same_bits(q.codes, np.concatenate([p.codes for p in pieces]), "codes")
+    same_bits(q.absmax, np.concatenate([p.absmax for p in pieces]), "absmax")
     decoded = np.concatenate([blockwise.dequantize(p) for p in pieces])
-    properties.same_bits(blockwise.dequantize(q), decoded, "decoded")
+    same_bits(blockwise.dequantize(q), decoded, "decoded")
 
 
 def test_temporaries_stay_small(rng):
     x = rng.standard_normal((1024, 2048)).astype(f32)
-    q, peak = properties.peak_memory(lambda: blockwise.quantize(x, codebooks.DYNAMIC))
+    q, peak = peak_memory(lambda: blockwise.quantize(x, codebooks.DYNAMIC))
     assert peak < q.nbytes + 24 * blockwise.CHUNK
-    w, peak = properties.peak_memory(lambda: blockwise.dequantize(q))
+    w, peak = peak_memory(lambda: blockwise.dequantize(q))
     assert peak < w.nbytes + 16 * blockwise.CHUNK
 
 
 def test_unsigned_map_for_what_is_not_negative(rng):
     x = (rng.standard_normal((5, 300)) ** 2).astype(f32)
     x[2, :9] = 0
-    for prop in properties.OF_A_CODEBOOK:
-        prop(OURS, x, codebooks.DYNAMIC_UNSIGNED, 256)
+    for prop in properties_of(codebooks.DYNAMIC_UNSIGNED):
+        prop(blockwise.quantize, Numbers.of(x, 256))
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -155,38 +161,38 @@ def test_three_ways_to_count(name, rng):
     near = neighbors(np.concatenate([thresholds, f32([0.0, -0.0, 1, -1, 1e-45, -1e-45])]))
     scaled = np.concatenate([near, np.linspace(-1, 1, 999, dtype=f32), rng.standard_normal(999).astype(f32)])
     expected = blockwise.count_below_1(scaled, thresholds)
-    properties.same_bits(blockwise.count_below_2(scaled, thresholds), expected, "passes")
-    properties.same_bits(blockwise.count_below(scaled, thresholds), expected, "the fastest")
+    same_bits(blockwise.count_below_2(scaled, thresholds), expected, "passes")
+    same_bits(blockwise.count_below(scaled, thresholds), expected, "the fastest")
     if name == "crowded":
         with pytest.raises(ValueError, match=r"^two thresholds share their upper 16 bits: use count_below_2$"):
             blockwise.count_below_3(scaled, thresholds)
     else:
-        properties.same_bits(blockwise.count_below_3(scaled, thresholds), expected, "table")
+        same_bits(blockwise.count_below_3(scaled, thresholds), expected, "table")
 
 
 @pytest.mark.parametrize("count", [blockwise.count_below_1, blockwise.count_below_2, blockwise.count_below_3])
 def test_counting_in_three_axes(count, rng):
     scaled = rng.uniform(-1, 1, (3, 5, 7)).astype(f32)
     found = count(scaled, nf4.MIDPOINTS)
-    properties.same_bits(found, np.searchsorted(nf4.MIDPOINTS, scaled).astype(np.uint8), "codes")
+    same_bits(found, np.searchsorted(nf4.MIDPOINTS, scaled).astype(np.uint8), "codes")
 
 
 def test_many_crowded_thresholds():
     """More than a few thresholds, two of them in one interval of the table: counted by passes."""
     thresholds = np.unique(np.append(codebooks.DYNAMIC[::2], 0.5 + 2.0 ** -np.arange(16, 20))).astype(f32)
-    properties.refused(lambda: blockwise.count_below_3(thresholds, thresholds), "share their upper 16 bits")
+    refused(lambda: blockwise.count_below_3(thresholds, thresholds), "share their upper 16 bits")
     scaled = neighbors(thresholds)
     expected = np.searchsorted(thresholds, scaled).astype(np.uint8)
-    properties.same_bits(blockwise.count_below(scaled, thresholds), expected, "codes")
+    same_bits(blockwise.count_below(scaled, thresholds), expected, "codes")
 
 
 def test_when_thresholds_share_an_interval():
     """[0.5, 0.5 + 2⁻⁸) is one interval: both halves of it are the same, the next is another."""
     scaled = neighbors(0.5 + 2.0**-10 * np.arange(9, dtype=f32))
     halves, next_to = 0.5 + f32([2.0**-10, 2.0**-9 + 2.0**-10]), 0.5 + f32([2.0**-10, 2.0**-8 + 2.0**-10])
-    properties.refused(lambda: blockwise.count_below_3(scaled, halves), "share their upper 16 bits")
+    refused(lambda: blockwise.count_below_3(scaled, halves), "share their upper 16 bits")
     expected = np.searchsorted(next_to, scaled).astype(np.uint8)
-    properties.same_bits(blockwise.count_below_3(scaled, next_to), expected, "codes")
+    same_bits(blockwise.count_below_3(scaled, next_to), expected, "codes")
 
 
 def test_table_at_the_ends_of_its_intervals():
@@ -198,16 +204,7 @@ def test_table_at_the_ends_of_its_intervals():
     codes = codebooks.DYNAMIC, codebooks.INT8, TINY_GAPS
     for thresholds in (*map(blockwise.midpoints, codes), at_the_ends, beyond_one):
         expected = np.searchsorted(thresholds, ends).astype(np.uint8)
-        properties.same_bits(blockwise.count_below_3(ends, thresholds), expected, "table")
-
-
-@given(values=st.lists(finite, min_size=1, max_size=40))
-@example(values=[f32(1e-38).item(), 0.0])
-@example(values=[3.4028234663852886e38, -1e-45])
-def test_any_finite_floats(values):
-    x = np.array(values, f32)
-    for prop in properties.OF_A_CODEBOOK:
-        prop(OURS, x, codebooks.DYNAMIC, 16)
+        same_bits(blockwise.count_below_3(ends, thresholds), expected, "table")
 
 
 def test_chunks_cover_every_element_once():
@@ -226,7 +223,7 @@ def test_eight_bits_against_bitsandbytes(rng):
     x = rng.standard_normal((64, 4096)).astype(f32)
     theirs, state = bnb.quantize_blockwise(torch.from_numpy(x), blocksize=256)
     q = blockwise.quantize(x, codebooks.DYNAMIC, 256)
-    properties.same_bits(q.absmax, state.absmax.numpy(), "absmax")
+    same_bits(q.absmax, state.absmax.numpy(), "absmax")
     theirs = theirs.numpy().ravel()
     differ = q.codes != theirs
     assert 0 < differ.mean() < 0.003, f"{differ.mean():.4%}"
@@ -235,7 +232,7 @@ def test_eight_bits_against_bitsandbytes(rng):
     assert (distance[0] < distance[1] + 2.0**-24).all() and (distance[0] < distance[1]).mean() > 0.99
     state.code = torch.from_numpy(codebooks.DYNAMIC.copy())
     decoded = bnb.dequantize_blockwise(torch.from_numpy(q.codes), state).numpy()
-    properties.same_bits(blockwise.dequantize(q).ravel(), decoded.ravel(), "decoded")
+    same_bits(blockwise.dequantize(q).ravel(), decoded.ravel(), "decoded")
 
 
 def test_tiny_blocks_do_not_overflow():
@@ -266,15 +263,15 @@ def test_any_shape(shape, rng):
     for dtype in (None, np.float16, np.float32, np.float64):
         found = blockwise.dequantize(q, dtype)
         assert found.shape == shape and found.dtype == (dtype or f32)
-        properties.same_bits(found, blockwise.dequantize(q).astype(dtype or f32), "one more rounding")
+        same_bits(found, blockwise.dequantize(q).astype(dtype or f32), "one more rounding")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_types_are_rounded_to_float32_first(dtype, rng):
     x = rng.standard_normal(500).astype(dtype)
     q, expected = (blockwise.quantize(v, codebooks.INT8, 64) for v in (x, x.astype(f32)))
-    properties.same_bits(q.codes, expected.codes, "codes")
-    properties.same_bits(q.absmax, expected.absmax, "absmax")
+    same_bits(q.codes, expected.codes, "codes")
+    same_bits(q.absmax, expected.absmax, "absmax")
 
 
 def test_default_block_is_256():
@@ -287,7 +284,7 @@ def test_layout_does_not_matter(rng):
     gaps[:, ::2] = x
     expected = blockwise.quantize(x, codebooks.INT8, 64)
     for view in (np.asfortranarray(x), gaps[:, ::2], x[::-1].copy()[::-1]):
-        properties.same_bits(blockwise.quantize(view, codebooks.INT8, 64).codes, expected.codes, "codes")
+        same_bits(blockwise.quantize(view, codebooks.INT8, 64).codes, expected.codes, "codes")
 
 
 def test_not_finite_is_refused():
@@ -298,13 +295,13 @@ def test_not_finite_is_refused():
         "cannot quantize nan at index (1, 2, 9) (2 of 300 elements are not finite in float32): one would destroy its "
         "whole block; replace or clip them first"
     )
-    properties.refused(lambda: blockwise.quantize(x, codebooks.INT8, 64), message)
-    properties.refused(lambda: blockwise.quantize(np.array(-np.inf), codebooks.INT8, 64), "quantize -inf at index ()")
+    refused(lambda: blockwise.quantize(x, codebooks.INT8, 64), message)
+    refused(lambda: blockwise.quantize(np.array(-np.inf), codebooks.INT8, 64), "quantize -inf at index ()")
 
 
 @pytest.mark.parametrize("block_size", [0, -1, True, 2.0, "64", None])
 def test_block_sizes_that_are_none(block_size):
-    properties.refused(lambda: blockwise.block_count(7, block_size), f"block_size: {block_size!r}, needed a positive")
+    refused(lambda: blockwise.block_count(7, block_size), f"block_size: {block_size!r}, needed a positive")
 
 
 def test_block_count():
@@ -314,7 +311,7 @@ def test_block_count():
 
 @pytest.mark.parametrize("shape", [3, [3], (3, -1), (2.0,), (True,), ("3",)])
 def test_shapes_that_are_none(shape):
-    properties.refused(lambda: blockwise.element_count(shape), f"shape: {shape!r}, needed a tuple of integers >= 0")
+    refused(lambda: blockwise.element_count(shape), f"shape: {shape!r}, needed a tuple of integers >= 0")
 
 
 def test_element_count():
@@ -342,9 +339,9 @@ def test_codebooks_that_are_none():
         (f32([-1, 0, np.inf]), "finite and strictly increasing"),
         (f32([np.nan, 0]), "finite and strictly increasing"),
     ]:
-        properties.refused(lambda code=code: blockwise.check_codebook(code), message)
+        refused(lambda code=code: blockwise.check_codebook(code), message)
     blockwise.check_codebook(np.linspace(-1, 1, 256, dtype=f32))
-    properties.refused(lambda: blockwise.quantize(np.ones(3, f32), codebooks.FP4_BY_CODE), "strictly increasing")
+    refused(lambda: blockwise.quantize(np.ones(3, f32), codebooks.FP4_BY_CODE), "strictly increasing")
 
 
 def test_parts_that_do_not_fit_are_refused():
@@ -366,7 +363,7 @@ def test_parts_that_do_not_fit_are_refused():
         ((codes, absmax, code[::-1], (65,), 64), "strictly increasing"),
         ((last, absmax, code, (65,), 64), "codes: found 15, the codebook has 15 entries"),
     ]:
-        properties.refused(lambda args=args: blockwise.BlockwiseTensor(*args), message)
+        refused(lambda args=args: blockwise.BlockwiseTensor(*args), message)
     blockwise.BlockwiseTensor(codes + np.uint8(14), absmax, code, (65,), 64)
 
 

@@ -1,26 +1,22 @@
 """Double quantization: bitsandbytes' scheme, and the sign that it can lose."""
 
 import json
-import sys
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from minift.conformance import check
+from minift.conformance.common import same_bits
+from minift.conformance.operations.double_quant import OPERATIONS, TO_ZERO, battery
 from minift.quant import double_quant, nf4
 from minift.quant.codebooks import DYNAMIC
 from minift.quant.double_quant import DoubleQuantizedScales
-from quant import properties, wrong_quant
+from quant import wrong_quant
+from quant.quant_checks import refused
 
 f32 = np.float32
-OURS = sys.modules["minift.quant.double_quant"]
-
-
-# ā = −c_1 and a₂ = 1 exactly, so that the nearest entry to the zero decodes to exactly zero, which is not negative
-TO_ZERO = [0.0, 1.978906273841858, 0.9683594107627869, 0.9683594107627869]
 
 
 def with_scales(scales):
@@ -30,68 +26,42 @@ def with_scales(scales):
     return nf4.NF4Tensor(codes, np.asarray(scales, f32), (n,), 64)
 
 
-def cases():
-    rng = np.random.default_rng(3)
-    normal = np.abs(rng.standard_normal((700, 64))).max(1)
-    small = normal.copy()
-    small[::97] *= 1e-4
-    groups = normal * np.repeat([1, 1e-3, 50], [256, 256, 188])
-    return [
-        (with_scales(scales), block_size, DYNAMIC)
-        for block_size in (256, 64, 7)
-        for scales in (
-            [],
-            [1.5],
-            normal[:2],
-            normal[:256],
-            normal[:257],
-            normal,
-            small,
-            groups,
-            rng.lognormal(0, 3, 600),
-            np.where(np.arange(300) % 5, normal[:300], 0),
-            np.append(np.full(60, 1e-30), 1.0),
-            TO_ZERO,
-            np.full(100, 0.3),
-            np.zeros(20),
-            normal[:100] * 1e37,
-        )
-    ]
+CASES = [(with_scales(scales), block_size) for block_size in (256, 64, 7) for scales in battery()]
 
 
-CASES = cases()
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+def test_drawn(operation):
+    check(operation.name, operation.reference, examples=100)
 
 
-@pytest.mark.parametrize("prop", properties.OF_DOUBLE_QUANTIZATION, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_battery(prop, case):
-    prop(OURS, *CASES[case])
-
-
-@pytest.mark.parametrize("prop", properties.OF_DOUBLE_QUANTIZATION, ids=lambda p: p.__name__)
-@settings(max_examples=60)
-@given(
-    scales=st.lists(st.floats(0, 2.0**60, width=32), max_size=20),
-    block_size=st.sampled_from([1, 3, 256]),
-)
-def test_drawn(prop, scales, block_size):
-    prop(OURS, with_scales(scales), block_size, DYNAMIC)
-
-
-def test_kill_matrix():
-    every = properties.OF_DOUBLE_QUANTIZATION
-    wrong_quant.kill_matrix(every, wrong_quant.SimpleDoubleQuant, dict.fromkeys(every, CASES), 16)
+def test_compress_keeps_the_weights(case):
+    """Their codes, sizes and bytes; the offset is the mean to the bit; decompressed scales are what the 8 bits say."""
+    q, block_size = CASES[case]
+    compressed = double_quant.compress(q, block_size)
+    same_bits(compressed.codes, q.codes, "the weights' codes")
+    assert (compressed.shape, compressed.block_size) == (q.shape, q.block_size)
+    back, blocks = double_quant.decompress(compressed), q.absmax.size
+    same_bits(back.codes, q.codes, "the weights' codes, decompressed")
+    same_bits(back.absmax, compressed.absmax.decode(), "decompressed scales")
+    same_bits(compressed.absmax.offset, f32(sum(q.absmax.tolist()) / max(1, blocks)), "offset")
+    assert compressed.nbytes == q.codes.size + blocks + 4 * -(-blocks // block_size) + 4
 
 
 def test_nearest_entry_can_be_negative():
     """One block 1,000 times smaller than the others: its nearest entry decodes to a negative scale, ours does not."""
     rng = np.random.default_rng(0)
     trapped = 0
+
+    def compress(scales):
+        codes, absmax, offset = wrong_quant.NoGuard().compress(scales)
+        return codes, absmax, f32(offset)
+
     for _ in range(400):
         w = rng.standard_normal((64, 64)).astype(f32)
         w[7] *= f32(1e-3) * f32(0.01)
         q = nf4.quantize(w)
-        naive = wrong_quant.NoGuard().compress(q)
+        naive = nf4.NF4Tensor(q.codes, DoubleQuantizedScales(*compress(q.absmax)), q.shape)
         ours = double_quant.compress(q)
         same = naive.absmax.codes == ours.absmax.codes
         if naive.scales()[7] < 0:
@@ -128,9 +98,9 @@ def test_files_of_bitsandbytes_decode_to_the_same_bits(rng):
     assert scales.size > 2 * 256 and scales.size % 256
     assert state.state2.code.numpy().tobytes() == DYNAMIC.tobytes()
     theirs = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    properties.same_bits(scales.decode(), theirs.numpy(), "scales")
+    same_bits(scales.decode(), theirs.numpy(), "scales")
     q = nf4.NF4Tensor(packed.numpy().ravel(), scales, w.shape)
-    properties.same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state).numpy(), "weights")
+    same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state).numpy(), "weights")
 
 
 def test_decoding_clamps_nothing():
@@ -190,7 +160,7 @@ def test_defaults():
 def test_decompress_is_what_it_decodes_to():
     q = with_scales(np.linspace(1, 2, 300))
     back = double_quant.decompress(double_quant.compress(q))
-    properties.same_bits(back.dense(), double_quant.compress(q).dense(), "weights")
+    same_bits(back.dense(), double_quant.compress(q).dense(), "weights")
     assert double_quant.decompress(q).absmax is q.absmax
 
 
@@ -199,16 +169,16 @@ def test_linear_with_compressed_scales(rng):
     x, dy = rng.standard_normal((4, 33)), rng.standard_normal((4, 9))
     y, vjp = q.linear(x)
     w = q.dense().astype(np.float64)
-    properties.same_bits(y, x @ w.T, "y")
-    properties.same_bits(vjp(dy)[0], dy @ w, "dx")
+    same_bits(y, x @ w.T, "y")
+    same_bits(vjp(dy)[0], dy @ w, "dx")
 
 
 def test_refusals():
     q = double_quant.compress(with_scales([1, 2]))
-    properties.refused(lambda: double_quant.compress(q), "is double-quantized already: decompress it first")
+    refused(lambda: double_quant.compress(q), "is double-quantized already: decompress it first")
     for bad in (-1e-9, np.nan, np.inf):
         message = f"scales: {f32(bad)} at index 2, an absmax is finite and >= 0"
-        properties.refused(lambda bad=bad: double_quant.compress(with_scales([1, 0, bad, bad])), message)
+        refused(lambda bad=bad: double_quant.compress(with_scales([1, 0, bad, bad])), message)
     s = q.absmax
     for args, message in [
         ((s.codes.astype(np.int8), s.absmax, s.offset), "codes: int8 (2,), needed uint8"),
@@ -216,10 +186,10 @@ def test_refusals():
         ((s.codes, s.absmax, float(s.offset)), "offset: 1.5, needed a np.float32"),
         ((s.codes, s.absmax, s.offset, 0), "block_size: 0"),
     ]:
-        properties.refused(lambda args=args: unchecked(*args), message)
-    properties.refused(lambda: nf4.NF4Tensor(q.codes, s, (128 + 63,), 64), "codes: uint8 (58,), needed uint8 (96,)")
+        refused(lambda args=args: unchecked(*args), message)
+    refused(lambda: nf4.NF4Tensor(q.codes, s, (128 + 63,), 64), "codes: uint8 (58,), needed uint8 (96,)")
     codes = np.full(96, 0x77, np.uint8)
-    properties.refused(lambda: nf4.NF4Tensor(codes, s, (191,), 64), "absmax: 2 scales, needed 3, one a block of 64")
+    refused(lambda: nf4.NF4Tensor(codes, s, (191,), 64), "absmax: 2 scales, needed 3, one a block of 64")
 
 
 def unchecked(*args):

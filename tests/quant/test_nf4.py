@@ -1,32 +1,31 @@
-"""NF4: bit for bit bitsandbytes', by properties that also reject every wrong version in wrong_quant.py."""
+"""NF4: bit for bit bitsandbytes', by the properties of minift.conformance, and as a weight of a model."""
 
 import hashlib
-import sys
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from minift.conformance import check
+from minift.conformance.common import same_bits
 from minift.conformance.gradients import check_vjp
+from minift.conformance.operations.nf4 import OPERATIONS, TABLE, THRESHOLDS
+from minift.conformance.strategies import Numbers, battery
 from minift.nn.linear import linear
 from minift.nn.weight import Weight, trainable
 from minift.quant import blockwise, nf4
-from quant import properties, wrong_quant
-from quant.trouble import BNB_TABLE, BNB_THRESHOLDS, battery, finite, tensors
+from quant.quant_checks import peak_memory, refused
 
 f32 = np.float32
-CASES = battery(BNB_THRESHOLDS)
-OURS = sys.modules["minift.quant.nf4"]
+CASES = battery(THRESHOLDS)
 
 
 def test_table_is_derived_bit_for_bit():
     digest = hashlib.sha256(nf4.normal_quantiles().astype("<f4").tobytes()).hexdigest()
     assert digest == "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
-    assert nf4.CODE.tobytes() == BNB_TABLE.tobytes()
-    assert nf4.MIDPOINTS.tobytes() == BNB_THRESHOLDS.tobytes()
+    assert nf4.CODE.tobytes() == TABLE.tobytes()
+    assert nf4.MIDPOINTS.tobytes() == THRESHOLDS.tobytes()
     assert nf4.CODE[nf4.ZERO] == 0
     assert not nf4.CODE.flags.writeable and not nf4.MIDPOINTS.flags.writeable
 
@@ -35,37 +34,25 @@ def test_offset_is_the_mean_of_two_probabilities():
     assert round(((1 - 1 / 30) + (1 - 1 / 32)) / 2, 7) == nf4.OFFSET
 
 
-@pytest.mark.parametrize("prop", properties.OF_A_TENSOR, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("prop", OPERATIONS[0].properties, ids=lambda p: p.__name__)
 @pytest.mark.parametrize(("name", "x", "block_size"), CASES, ids=[name for name, *_ in CASES])
 def test_battery(prop, name, x, block_size):
-    prop(OURS, x, block_size)
+    prop(nf4.quantize, Numbers.of(x, block_size))
 
 
-@pytest.mark.parametrize("prop", properties.OF_A_TENSOR, ids=lambda p: p.__name__)
-@settings(max_examples=30)
-@given(case=tensors(BNB_THRESHOLDS))
-def test_drawn(prop, case):
-    prop(OURS, *case)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+def test_drawn(operation):
+    check(operation.name, operation.reference, examples=60, dtypes=("float32", "float64", "float16"))
 
 
-@settings(max_examples=200)
-@given(values=st.lists(finite, max_size=70))
-def test_any_finite_floats(values):
-    x = np.array(values, f32)
-    properties.codes_are_the_oracles(OURS, x, 32)
-    properties.scales_are_the_oracles(OURS, x, 32)
-    properties.error_is_bounded(OURS, x, 32)
-
-
-@pytest.mark.parametrize("prop", properties.OF_ALL, ids=lambda p: p.__name__)
-def test_once(prop):
-    prop(OURS)
-
-
-def test_kill_matrix():
-    properties_of_nf4 = [*properties.OF_A_TENSOR, *properties.OF_ALL]
-    inputs = {p: [()] for p in properties.OF_ALL} | {p: [c[1:] for c in CASES] for p in properties.OF_A_TENSOR}
-    wrong_quant.kill_matrix(properties_of_nf4, wrong_quant.Simple, inputs, at_least=30)
+def test_what_is_not_finite_is_refused_by_its_place():
+    for bad in (np.nan, np.inf, -np.inf):
+        for at in ((0, 0), (1, 30), (4, 39)):
+            x = np.ones((5, 40), f32)
+            x[at] = bad
+            refused(lambda x=x: nf4.quantize(x, 64), f"cannot quantize {bad} at index {at} (1 of 200 elements")
+    too_large = np.array([0, 1, 2, 1e300, 4, 5, -np.inf])
+    refused(lambda: nf4.quantize(too_large, 64), "cannot quantize 1e+300 at index (3,) (2 of 7 elements")
 
 
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
@@ -75,18 +62,18 @@ def test_bitsandbytes_gives_the_same_bytes(block_size, dtype, rng):
     x[5:9] = 0
     packed, state = bnb.quantize_4bit(torch.from_numpy(x), blocksize=block_size, quant_type="nf4")
     q = nf4.quantize(x, block_size)
-    properties.same_bits(q.codes, packed.numpy().ravel(), "codes")
-    properties.same_bits(q.absmax, state.absmax.numpy(), "absmax")
+    same_bits(q.codes, packed.numpy().ravel(), "codes")
+    same_bits(q.absmax, state.absmax.numpy(), "absmax")
     decoded = bnb.dequantize_4bit(packed, state).numpy()
-    properties.same_bits(nf4.dequantize(q, dtype), decoded, "decoded")
+    same_bits(nf4.dequantize(q, dtype), decoded, "decoded")
 
 
 def test_bitsandbytes_at_every_threshold():
     _, x, _ = next(case for case in CASES if case[0] == "all kinds, 64")
     packed, state = bnb.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type="nf4")
     q = nf4.quantize(x)
-    properties.same_bits(q.codes, packed.numpy().ravel(), "codes")
-    properties.same_bits(q.absmax, state.absmax.numpy(), "absmax")
+    same_bits(q.codes, packed.numpy().ravel(), "codes")
+    same_bits(q.absmax, state.absmax.numpy(), "absmax")
 
 
 @pytest.mark.parametrize("block_size", [64, 4096])
@@ -95,12 +82,12 @@ def test_many_chunks(block_size, rng):
     x = rng.standard_normal(3 * blockwise.CHUNK + 99).astype(f32)
     q = nf4.quantize(x, block_size)
     pieces = [nf4.quantize(x[i : i + 8192], block_size) for i in range(0, x.size, 8192)]
-    properties.same_bits(q.codes, np.concatenate([p.codes for p in pieces]), "codes")
-    properties.same_bits(q.absmax, np.concatenate([p.absmax for p in pieces]), "absmax")
-    properties.same_bits(nf4.dequantize(q), np.concatenate([p.dense() for p in pieces]), "decoded")
+    same_bits(q.codes, np.concatenate([p.codes for p in pieces]), "codes")
+    same_bits(q.absmax, np.concatenate([p.absmax for p in pieces]), "absmax")
+    same_bits(nf4.dequantize(q), np.concatenate([p.dense() for p in pieces]), "decoded")
     packed, state = bnb.quantize_4bit(torch.from_numpy(x), blocksize=block_size, quant_type="nf4")
-    properties.same_bits(q.codes, packed.numpy().ravel(), "codes of bitsandbytes")
-    properties.same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state).numpy().ravel(), "bitsandbytes")
+    same_bits(q.codes, packed.numpy().ravel(), "codes of bitsandbytes")
+    same_bits(nf4.dequantize(q), bnb.dequantize_4bit(packed, state).numpy().ravel(), "bitsandbytes")
 
 
 def test_worked_example():
@@ -174,9 +161,9 @@ def test_linear_is_the_decoded_matrix(dtype, rng):
     x, dy = rng.standard_normal((2, 3, 11)).astype(dtype), rng.standard_normal((2, 3, 6)).astype(dtype)
     w = nf4.dequantize(q).astype(dtype)
     y, vjp = linear(x, q)
-    properties.same_bits(y, x @ w.T, "y")
+    same_bits(y, x @ w.T, "y")
     dx, dweight, dbias = vjp(dy)
-    properties.same_bits(dx, dy @ w, "dx")
+    same_bits(dx, dy @ w, "dx")
     assert dweight is None and dbias is None
 
 
@@ -197,8 +184,8 @@ def test_nothing_learns(rng):
     assert isinstance(q, Weight)
     assert q.arrays() == {} and q.with_arrays({}) is q
     assert trainable({"w.weight": q}) == {}
-    properties.same_bits(q.dense(), nf4.dequantize(q), "dense")
-    properties.same_bits(q.dense(np.float64), nf4.dequantize(q).astype(np.float64), "dense")
+    same_bits(q.dense(), nf4.dequantize(q), "dense")
+    same_bits(q.dense(np.float64), nf4.dequantize(q).astype(np.float64), "dense")
 
 
 def test_frozen_and_compared_by_identity():
@@ -221,7 +208,7 @@ def test_bytes_and_repr():
 def test_temporaries_stay_small(rng):
     """Beside the result only a few chunks, a tenth of the matrix here."""
     x = rng.standard_normal((1024, 2048)).astype(f32)
-    q, peak = properties.peak_memory(lambda: nf4.quantize(x))
+    q, peak = peak_memory(lambda: nf4.quantize(x))
     assert peak < q.nbytes + 16 * blockwise.CHUNK
-    w, peak = properties.peak_memory(lambda: nf4.dequantize(q))
+    w, peak = peak_memory(lambda: nf4.dequantize(q))
     assert peak < w.nbytes + 16 * blockwise.CHUNK

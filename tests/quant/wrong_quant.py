@@ -1,14 +1,16 @@
 """Wrong versions, each wrong in one way, to show that the properties see it.
 
-`Simple` is a second implementation of NF4, correct and written plainly; every subclass of it changes one thing.
+`Simple` is a second implementation of NF4, correct and written plainly; every subclass of it changes one thing, and so
+for `SimpleBlockwise` and `SimpleDoubleQuant`. What can go wrong with any function is in ANYHOW.
 """
 
 import numpy as np
 
-from minift.quant import blockwise, nf4
+from minift.conformance.operations.nf4 import TABLE, THRESHOLDS
+from minift.quant import blockwise
 from minift.quant.codebooks import DYNAMIC, DYNAMIC_UNSIGNED
-from minift.quant.nf4 import NF4Tensor
-from quant.trouble import BNB_TABLE, BNB_THRESHOLDS, f32
+
+f32 = np.float32
 
 
 class Loose:
@@ -19,7 +21,7 @@ class Loose:
 
 
 class Simple:
-    table, thresholds, side, pad = BNB_TABLE, BNB_THRESHOLDS, "left", 7
+    table, thresholds, side, pad = TABLE, THRESHOLDS, "left", 7
 
     def flatten(self, w):
         return w.ravel().astype(f32)
@@ -89,27 +91,27 @@ class TiesUp(Simple):
 
 
 class FourDecimals(Simple):
-    table = np.round(BNB_TABLE, 4)
+    table = np.round(TABLE, 4)
     thresholds = midpoints_of(table)
 
 
 class OneEntryOneUlpOff(Simple):
     """As from probabilities that are not float32: right to 1e-7."""
 
-    table = np.where(np.arange(16) == 1, np.nextafter(BNB_TABLE, f32(1)), BNB_TABLE)
+    table = np.where(np.arange(16) == 1, np.nextafter(TABLE, f32(1)), TABLE)
 
 
 class SymmetricTable(Simple):
-    table = np.sort(np.concatenate([-BNB_TABLE[8:], BNB_TABLE[8:]]))
+    table = np.sort(np.concatenate([-TABLE[8:], TABLE[8:]]))
     thresholds = midpoints_of(table)
 
 
 class ThresholdsHigher(Simple):
-    thresholds = (BNB_THRESHOLDS + 0.01).astype(f32)
+    thresholds = (THRESHOLDS + 0.01).astype(f32)
 
 
 class ThresholdsOneUlpHigher(Simple):
-    thresholds = np.nextafter(BNB_THRESHOLDS, f32(9))
+    thresholds = np.nextafter(THRESHOLDS, f32(9))
 
 
 class NearestInFloat64(Simple):
@@ -152,10 +154,13 @@ class OneScaleForAll(Simple):
         return [max(super().scales(blocks), default=0)] * len(blocks)
 
 
+def previous_for_the_tail(found, blocks):
+    return [*found[:-1], found[-2]] if len(blocks) > 1 and blocks[-1].size < blocks[0].size else found
+
+
 class TailHasPreviousScale(Simple):
     def scales(self, blocks):
-        found = super().scales(blocks)
-        return [*found[:-1], found[-2]] if len(blocks) > 1 and blocks[-1].size < blocks[0].size else found
+        return previous_for_the_tail(super().scales(blocks), blocks)
 
 
 class TailDecodedWithPreviousScale(Simple):
@@ -192,7 +197,7 @@ class NoProtectionFromOverflow(Simple):
 
 
 class NegativeZero(Simple):
-    table = np.where(BNB_TABLE == 0, f32(-0.0), BNB_TABLE)
+    table = np.where(TABLE == 0, f32(-0.0), TABLE)
 
 
 class PaddedWithZero(Simple):
@@ -240,11 +245,6 @@ class KeepsNonFinite(Simple):
         pass
 
 
-class SaysNotWhere(Simple):
-    def refuse(self, w):
-        raise ValueError("cannot quantize nan")
-
-
 class ChangesItsArgument(Simple):
     def flatten(self, w):
         flat = super().flatten(w)
@@ -277,6 +277,9 @@ class ScalesTooWide(Simple):
 
 
 class SimpleBlockwise:
+    def refuse(self, x):
+        blockwise.refuse_non_finite(x)
+
     def scales(self, blocks):
         return [f32(np.abs(b).max()) for b in blocks]
 
@@ -286,12 +289,17 @@ class SimpleBlockwise:
     def codes(self, scaled, code):
         return np.searchsorted(self.thresholds(code), scaled)
 
+    def scaled(self, block, a):
+        return block * (f32(1) / max(a, f32(1e-38)))
+
     def quantize(self, x, code, block_size):
         flat = x.ravel().astype(f32)
+        if not np.isfinite(flat).all():
+            self.refuse(x)
         blocks = [flat[i : i + block_size] for i in range(0, flat.size, block_size)]
         absmax = np.array(self.scales(blocks), f32)
         with np.errstate(all="ignore"):
-            codes = [self.codes(b * (f32(1) / max(a, f32(1e-38))), code) for b, a in zip(blocks, absmax, strict=True)]
+            codes = [self.codes(self.scaled(b, a), code) for b, a in zip(blocks, absmax, strict=True)]
         found = Loose(np.concatenate([np.zeros(0), *codes]).astype(np.uint8), absmax, x.shape, block_size)
         found.code = code
         return found
@@ -299,8 +307,14 @@ class SimpleBlockwise:
     def scale_of_each(self, q):
         return np.repeat(q.absmax, q.block_size)[: q.codes.size]
 
-    def dequantize(self, q):
-        return (q.code[q.codes] * self.scale_of_each(q)).reshape(q.shape)
+    def dequantize(self, q, dtype=f32):
+        return self.product(q.code[q.codes], self.scale_of_each(q), dtype).reshape(self.shape(q))
+
+    def product(self, values, scale, dtype):
+        return (values * scale).astype(dtype)
+
+    def shape(self, q):
+        return q.shape
 
 
 class EntryBelow(SimpleBlockwise):
@@ -352,28 +366,59 @@ class MeanAsScale(SimpleBlockwise):
         return [f32(np.abs(b).mean()) for b in blocks]
 
 
+class QuotientOfBlock(SimpleBlockwise):
+    def scaled(self, block, a):
+        return block / max(a, f32(1e-38))
+
+
+class InfiniteReciprocal(SimpleBlockwise):
+    def scaled(self, block, a):
+        return block * (f32(1) / a)
+
+
+class SmallEpsilon(SimpleBlockwise):
+    def scaled(self, block, a):
+        return block * (f32(1) / (a + f32(1e-8)))
+
+
+class TwoCodesTraded(SimpleBlockwise):
+    def codes(self, scaled, code):
+        found = super().codes(scaled, code)
+        return np.where(found // 2 == 3, found ^ 1, found)
+
+
+class ShortBlockHasPreviousScale(SimpleBlockwise):
+    def scales(self, blocks):
+        return previous_for_the_tail(super().scales(blocks), blocks)
+
+
+class KeepsNan(SimpleBlockwise):
+    def refuse(self, x):
+        pass
+
+
+class BlockwiseProductInHalf(SimpleBlockwise):
+    product = ProductInHalf.product
+
+
+class BlockwiseFlat(SimpleBlockwise):
+    def shape(self, q):
+        return (q.codes.size,)
+
+
+class BlockwiseNegativeZero(SimpleBlockwise):
+    def product(self, values, scale, dtype):
+        return np.where(values == 0, f32(-0.0), values * scale).astype(dtype)
+
+
 # Double quantization.
 
 
-class LooseScales:
-    def __init__(self, codes, absmax, offset, block_size, scheme):
-        self.codes, self.absmax, self.offset, self.block_size, self.scheme = codes, absmax, offset, block_size, scheme
-
-    def decode(self):
-        return self.scheme.decode(self).astype(f32)
-
-    @property
-    def size(self):
-        return self.codes.size
-
-    @property
-    def nbytes(self):
-        return self.codes.nbytes + self.absmax.nbytes + self.scheme.offset_bytes
-
-
 class SimpleDoubleQuant:
-    offset_bytes = 4
     code = DYNAMIC
+
+    def refuse(self, scales):
+        raise ValueError("not a scale")
 
     def offset(self, scales):
         return f32(scales.mean(dtype=np.float64)) if scales.size else f32(0)
@@ -387,20 +432,22 @@ class SimpleDoubleQuant:
                 codes[i] += 1
         return codes
 
-    def compress(self, q, block_size=256):
-        offset = self.offset(q.absmax)
-        nested = self.nested(q.absmax - offset, block_size)
-        codes = self.guard(nested.codes.copy(), nested, offset)
-        return NF4Tensor(q.codes, LooseScales(codes, nested.absmax, offset, block_size, self), q.shape, q.block_size)
+    def compress(self, scales, block_size=256):
+        if not (scales >= 0).all() or not np.isfinite(scales).all():
+            self.refuse(scales)
+        offset = self.offset(scales)
+        nested = self.nested(scales - f32(offset), block_size)
+        return self.guard(nested.codes.copy(), nested, f32(offset)), nested.absmax, np.asarray(offset)
 
-    def decompress(self, q):
-        return NF4Tensor(q.codes, q.scales(), q.shape, q.block_size)
+    def nested_scale(self, codes, absmax, block_size):
+        return np.repeat(absmax, block_size)[: codes.size]
 
-    def nested_scale(self, s):
-        return np.repeat(s.absmax, s.block_size)[: s.codes.size]
+    def decode(self, codes, absmax, offset, block_size):
+        with np.errstate(over="ignore"):
+            return self.sum(self.code[codes], self.nested_scale(codes, absmax, block_size), offset).astype(f32)
 
-    def decode(self, s):
-        return self.code[s.codes] * self.nested_scale(s) + s.offset
+    def sum(self, values, scale, offset):
+        return values * scale + offset
 
 
 class NoGuard(SimpleDoubleQuant):
@@ -410,9 +457,9 @@ class NoGuard(SimpleDoubleQuant):
         return codes
 
 
-class ClampedWhenDecoding(NoGuard):
-    def decode(self, s):
-        return np.maximum(super().decode(s), 0)
+class ClampedWhenDecoding(SimpleDoubleQuant):
+    def sum(self, values, scale, offset):
+        return np.maximum(super().sum(values, scale, offset), 0)
 
 
 class GuardedTooFar(SimpleDoubleQuant):
@@ -426,13 +473,13 @@ class GuardedTooFar(SimpleDoubleQuant):
 class OneRounding(SimpleDoubleQuant):
     """A fused multiply-add."""
 
-    def decode(self, s):
-        return self.code[s.codes].astype(np.float64) * self.nested_scale(s) + s.offset
+    def sum(self, values, scale, offset):
+        return values.astype(np.float64) * scale + offset
 
 
 class OffsetForgotten(SimpleDoubleQuant):
-    def decode(self, s):
-        return self.code[s.codes] * self.nested_scale(s)
+    def sum(self, values, scale, offset):
+        return values * scale
 
 
 class NoOffset(SimpleDoubleQuant):
@@ -445,14 +492,19 @@ class OffsetIsTheMiddle(SimpleDoubleQuant):
         return f32((scales.max() + scales.min()) / 2) if scales.size else f32(0)
 
 
+class OffsetInDouble(SimpleDoubleQuant):
+    def offset(self, scales):
+        return np.float64(super().offset(scales))
+
+
 class ScaleOfTheFirstGroup(SimpleDoubleQuant):
-    def nested_scale(self, s):
-        return np.repeat(s.absmax[:1], s.codes.size)
+    def nested_scale(self, codes, absmax, block_size):
+        return np.repeat(absmax[:1], codes.size)
 
 
 class ScaleOfTheNextGroup(SimpleDoubleQuant):
-    def nested_scale(self, s):
-        return np.repeat(np.roll(s.absmax, -1), s.block_size)[: s.codes.size]
+    def nested_scale(self, codes, absmax, block_size):
+        return np.repeat(np.roll(absmax, -1), block_size)[: codes.size]
 
 
 class NestedFloor(SimpleDoubleQuant):
@@ -468,7 +520,7 @@ class NestedByLookup(SimpleDoubleQuant):
 class LinearMap(SimpleDoubleQuant):
     """torchao: evenly spaced 8-bit codes."""
 
-    code = np.arange(-127, 128).astype(f32) / f32(127)
+    code = np.arange(-127, 129).astype(f32) / f32(127)
 
 
 class UnsignedMap(SimpleDoubleQuant):
@@ -478,7 +530,7 @@ class UnsignedMap(SimpleDoubleQuant):
 class NestedScalesInHalf(SimpleDoubleQuant):
     def nested(self, centered, block_size):
         found = super().nested(centered, block_size)
-        found.absmax = found.absmax.astype(np.float16).astype(f32)
+        found.absmax = np.minimum(found.absmax, f32(65504)).astype(np.float16).astype(f32)
         return found
 
 
@@ -487,45 +539,91 @@ class AlwaysGroupsOf256(SimpleDoubleQuant):
         return super().nested(centered, 256)
 
 
-class OffsetInDouble(SimpleDoubleQuant):
-    offset_bytes = 8
+class KeepsAnything(SimpleDoubleQuant):
+    def refuse(self, scales):
+        pass
+
+    def nested(self, centered, block_size):
+        return KeepsNan().quantize(centered, self.code, block_size)
 
 
-class NoOffsetStored(SimpleDoubleQuant):
-    offset_bytes = 0
+# What can go wrong with any function of arrays.
 
 
-class QuantizesTheWeightsAgain(SimpleDoubleQuant):
-    """With the decoded scales, as if the weights were at hand: other codes, and other bytes in the file."""
+def memory(x):
+    """The numbers that a function reads which does not know of strides."""
+    if not isinstance(x, np.ndarray) or x.flags.c_contiguous or x.base is None:
+        return x
+    return np.nan_to_num(np.lib.stride_tricks.as_strided(x, x.shape, np.empty(x.shape, x.dtype).strides))
 
-    def compress(self, q, block_size=256):
-        w = nf4.dequantize(q)
-        again = nf4.quantize(w * f32(1.05), q.block_size)
-        return super().compress(NF4Tensor(again.codes ^ (w.size > 1), q.absmax, q.shape, q.block_size), block_size)
+
+def ignores_strides(f):
+    return lambda *args: f(*map(memory, args))
+
+
+def overwrites_its_argument(f):
+    def wrong(first, *rest):
+        found = f(first, *rest)
+        first *= 0
+        return found
+
+    return wrong
+
+
+def arrays_of(found):
+    """A tuple, an object with codes, or one array."""
+    if isinstance(found, np.ndarray | tuple):
+        return found if isinstance(found, tuple) else (found,)
+    return found.codes, found.absmax
+
+
+def gives_double(f):
+    def wrong(*args):
+        parts = tuple(part.astype(np.float64) for part in arrays_of(f(*args)))
+        return parts if len(parts) > 1 else parts[0]
+
+    return wrong
+
+
+ANYHOW = (ignores_strides, overwrites_its_argument, gives_double)
 
 
 def every(base):
     return [wrong for cls in base.__subclasses__() for wrong in (cls, *every(cls))]
 
 
-def rejects(prop, impl, inputs):
-    """Does the property reject this implementation on any of these inputs?
-
-    An error of any kind on good numbers is a rejection too; that right versions pass shows the property is sound."""
-    for args in inputs:
-        try:
-            with np.errstate(all="ignore"):
-                prop(impl, *(a.copy() if isinstance(a, np.ndarray) else a for a in args))
-        except Exception:
-            return True
-    return False
+def nf4_decoder(version):
+    return lambda codes, absmax, shape, block_size, dtype="float32": version.dequantize(
+        Loose(codes, absmax, shape, block_size), np.dtype(dtype)
+    )
 
 
-def kill_matrix(properties, right, inputs, at_least):
-    """Every wrong version is rejected, every property rejects some, and none rejects the plain right version."""
-    assert [p.__name__ for p in properties if rejects(p, right(), inputs[p])] == [], "rejects the right version"
-    killers = {w.__name__: [p.__name__ for p in properties if rejects(p, w(), inputs[p])] for w in every(right)}
-    print(*(f"{name}: {', '.join(by)}" for name, by in killers.items()), sep="\n")
-    assert len(killers) >= at_least
-    assert [name for name, by in killers.items() if not by] == [], "rejected by no property"
-    assert {p.__name__ for p in properties} - {p for by in killers.values() for p in by} == set(), "reject nothing"
+def blockwise_decoder(version):
+    def f(codes, absmax, code, shape, block_size, dtype="float32"):
+        q = Loose(codes, absmax, shape, block_size)
+        q.code = code
+        return version.dequantize(q, np.dtype(dtype))
+
+    return f
+
+
+# For each operation: which class, and how a version of it becomes the operation's function.
+FAMILIES = {
+    "nf4.quantize": (Simple, lambda version: version.quantize),
+    "nf4.dequantize": (Simple, nf4_decoder),
+    "blockwise.quantize": (SimpleBlockwise, lambda version: version.quantize),
+    "blockwise.dequantize": (SimpleBlockwise, blockwise_decoder),
+    "double_quant.compress": (SimpleDoubleQuant, lambda version: version.compress),
+    "double_quant.decode": (SimpleDoubleQuant, lambda version: version.decode),
+}
+
+
+def right(operation):
+    base, function = FAMILIES[operation]
+    return function(base())
+
+
+def wrong(operation):
+    """name -> function. A version may be right in one operation of its family and wrong in another."""
+    base, function = FAMILIES[operation]
+    return {v.__name__: function(v()) for v in every(base)} | {w.__name__: w(right(operation)) for w in ANYHOW}

@@ -26,6 +26,7 @@ from minift.quant.blockwise import TINY, block_count, element_count
 from minift.quant.nf4 import CODE, MIDPOINTS, ZERO, check_block_size
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
+from minift_kernels.quant import nf4_matmul
 
 KERNELS = "minift_kernels.quant.nf4_kernels"
 QUANTIZE_KERNELS = "minift_kernels.quant.nf4_quantize_kernels"
@@ -105,11 +106,28 @@ class NF4Tensor:
         """The tensor that this stands for."""
         return dequantize(self, dtype)
 
-    def linear(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """y = x Ŵᵀ, with the gradient dx = dy Ŵ. Ŵ has the type of x and is decoded again for the backward pass."""
-        if len(self.shape) != 2:
-            raise ValueError(f"linear: the weight has shape {tuple(self.shape)}, needed (out, in)")
-        return _Linear.apply(x, self)
+    def linear(
+        self, x: Float[Tensor, "*rows d_in"], dropout_key: int | None = None, *, backend: str | None = None
+    ) -> Float[Tensor, "*rows d_out"]:
+        """y = x Ŵᵀ, with the gradient dx = dy Ŵ. Ŵ has the type of x and is decoded again for the backward pass.
+
+        A kernel decodes and multiplies in one (`nf4_matmul`), unless there are so many rows that decoding first is
+        worth it, or x is float64."""
+        if len(self.shape) != 2 or x.shape[-1:] != self.shape[1:]:
+            raise ValueError(f"linear: x {tuple(x.shape)} and a weight {tuple(self.shape)}, needed (…, in), (out, in)")
+        how = backends.choose(backend, x.device, x.dtype)
+        d_in = self.shape[1]
+        route = nf4_matmul.plan(x.numel() // max(d_in, 1), nf4_matmul.is_whole(d_in, self.block_size))
+        if how == "torch" or route == "decode" or x.dtype == torch.float64 or not self.size:
+            return _Linear.apply(x, self, how)
+        return nf4_matmul.multiply(x, *_parts(self), False, how)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """What learns: nothing."""
+        return {}
+
+    def with_arrays(self, arrays: dict[str, Tensor]) -> NF4Tensor:
+        return self
 
     def __repr__(self) -> str:
         size = f"{self.bits_per_parameter:.3f} bits per parameter, {self.nbytes:,} bytes"
@@ -117,14 +135,23 @@ class NF4Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """With the decoded matrix, which is there while it is needed and no longer."""
+
     @staticmethod
-    def forward(ctx, x, q):
-        ctx.q = q
-        return x @ q.dense(x.dtype).T  # (..., d_out)
+    def forward(ctx, x, q, backend):
+        ctx.q, ctx.backend = q, backend
+        return _product(x, dequantize(q, x.dtype, backend=backend).T)  # (..., d_out)
 
     @staticmethod
     def backward(ctx, dy):
-        return dy @ ctx.q.dense(dy.dtype), None
+        return _product(dy, dequantize(ctx.q, dy.dtype, backend=ctx.backend)), None, None
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x w. A GPU's library sums 16-bit numbers in float32 and rounds once; on a CPU not every version does."""
+    if x.device.type == "cuda":
+        return x @ w
+    return (backends.widened(x) @ backends.widened(w)).to(x.dtype)
 
 
 def quantize(w: Float[Tensor, "*shape"], block_size: int = 64, *, backend: str | None = None) -> NF4Tensor:
@@ -174,10 +201,15 @@ def dequantize(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype}, needed one of {', '.join(map(str, DTYPES))}")
     how = backends.choose(backend, q.codes.device, dtype)
+    return _dequantize(*_parts(q), dtype, how)
+
+
+def _parts(q: NF4Tensor) -> tuple:
+    """As the operators take it: codes, scales (four tensors or None), shape, block size, that of nested scales or 0."""
     shape, s = list(q.shape), q.absmax
     if isinstance(s, Tensor):
-        return _dequantize(q.codes, s, None, None, None, shape, q.block_size, 0, dtype, how)
-    return _dequantize(q.codes, s.codes, s.absmax, s.code, s.offset, shape, q.block_size, s.block_size, dtype, how)
+        return q.codes, s, None, None, None, shape, q.block_size, 0
+    return q.codes, s.codes, s.absmax, s.code, s.offset, shape, q.block_size, s.block_size
 
 
 def _decode(

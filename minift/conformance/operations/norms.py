@@ -89,15 +89,19 @@ def _properties(oracle: Callable, n_parameters: int) -> tuple:
         return lambda *args: f(*args, EPS)
 
     def is_within_its_bound(f, case):
+        """y and every cotangent are as near to the exact ones as float32 arithmetic promises, then rounded once."""
         common.within(with_eps(f), oracle, *given(case), case.dtype)
 
     def changes_nothing(f, case):
+        """Arguments and cotangents keep their bytes in both passes, and a second call gives the same bits."""
         common.changes_nothing(with_eps(f), *given(case), case.dtype)
 
     def any_layout(f, case):
+        """Strided, transposed and misaligned arguments, with NaN in the gaps, give the same."""
         common.any_layout(with_eps(f), oracle, *given(case), case.dtype)
 
     def pullback_is_the_transpose_of_the_derivative(f, case):
+        """Central differences along random directions, in float64."""
         if case.dtype == "float64" and case.kind in ("normal", "shifted"):  # the others are too curved for differences
             common.is_differentiated(with_eps(f), given(case)[0], np.random.default_rng(case.seed))
 

@@ -1,0 +1,20 @@
+"""Libraries have much to say when they are imported about optional parts of theirs that are not there."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from types import ModuleType
+
+
+def import_quietly(name: str) -> ModuleType:
+    """The module, without warnings. ImportError as always."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    finally:
+        logging.disable(before)

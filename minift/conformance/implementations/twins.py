@@ -1,0 +1,134 @@
+"""minift_kernels: the twin of each operation, in plain PyTorch, in Triton's interpreter, or on a GPU.
+
+A twin is found by the operation's name: "norms.rms_norm" is `rms_norm` of minift_kernels.nn.norms, and takes tensors
+for arrays. Where that is not all (dataclasses, arguments that are overwritten), ADAPTED says how to call it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from minift.conformance import torch_functions
+from minift.conformance.operation import Implementation, Operation
+from minift.conformance.operations import every
+
+FOLDERS = ("nn", "quant", "peft", "optim", "models")
+DTYPES = {
+    "torch": ("float32", "float16", "float64"),
+    "interpreter": ("float32", "float16"),
+    "triton": ("float32", "float16"),
+}
+
+
+class Place(NamedTuple):
+    """Where a twin runs. `dtype` is "bfloat16" if floating arrays become that."""
+
+    backend: str
+    device: str = "cpu"
+    dtype: str | None = None
+
+    def function(self, f: Any) -> Any:
+        """`f` in this backend, or None. What takes no `backend` is plain PyTorch, and has nothing to interpret."""
+        if f is not None and "backend" in inspect.signature(f).parameters:
+            return partial(f, backend=self.backend)
+        return None if self.backend == "interpreter" else f
+
+    def plain(self, f: Any) -> Any:
+        """As a function of arrays, where nothing is differentiated; None stays None."""
+        return f and torch_functions.plain(f, self.device, self.dtype)
+
+    def differentiable(self, f: Any) -> Any:
+        return f and torch_functions.differentiable(f, self.device, self.dtype)
+
+
+def implementations(backend: str) -> list[Implementation]:
+    """One, or two on a GPU: bfloat16 has adapters of its own."""
+    try:
+        import torch
+
+        import minift_kernels  # noqa: F401
+    except ImportError as error:
+        missing = f"{error.name} is not installed (pip install 'minift[kernels]')"
+        return [Implementation(backend, ours=True, missing=missing)]
+    if backend != "triton":
+        return [Implementation(backend, _functions(Place(backend)), DTYPES[backend], ours=True)]
+    if not torch.cuda.is_available():
+        return [Implementation(backend, ours=True, missing="no GPU that PyTorch can use")]
+    return [
+        Implementation(backend, _functions(Place(backend, "cuda")), DTYPES[backend], ours=True),
+        Implementation(f"{backend} bfloat16", _functions(Place(backend, "cuda", "bfloat16")), ("bfloat16",), ours=True),
+    ]
+
+
+def _functions(place: Place) -> dict[str, Callable]:
+    """Of those operations that have a twin which runs there."""
+    found = {name: _twin(operation, place) for name, operation in every().items()}
+    return {name: f for name, f in found.items() if f is not None}
+
+
+def _twin(operation: Operation, place: Place) -> Callable | None:
+    file, name = operation.name.split(".")
+    names = (f"minift_kernels.{folder}.{file}" for folder in FOLDERS)
+    module = next((importlib.import_module(found) for found in names if importlib.util.find_spec(found)), None)
+    if module is None:
+        return None
+    if operation.name in ADAPTED:
+        return ADAPTED[operation.name](module, place)
+    wrap = place.differentiable if operation.has_pullback else place.plain
+    return wrap(place.function(getattr(module, name, None)))
+
+
+def _nf4_dequantize(module: ModuleType, place: Place) -> Callable | None:
+    import torch
+
+    decode = place.function(module.dequantize)
+
+    def f(codes, absmax, shape, block_size, dtype="float32"):
+        return decode(module.NF4Tensor(codes, absmax, shape, block_size), getattr(torch, dtype))
+
+    return place._replace(dtype=None).plain(decode and f)  # scales are float32 always
+
+
+def _blockwise_dequantize(module: ModuleType, place: Place) -> Callable | None:
+    import torch
+
+    decode = place.function(module.dequantize)
+
+    def f(codes, absmax, code, shape, block_size, dtype="float32"):
+        return decode(module.BlockwiseTensor(codes, absmax, code, shape, block_size), getattr(torch, dtype))
+
+    return place._replace(dtype=None).plain(decode and f)
+
+
+def _blockwise_quantize(module: ModuleType, place: Place) -> Callable | None:
+    import torch
+
+    encode = place.function(module.quantize)
+
+    def f(x, code, block_size):
+        return encode(x.to(getattr(torch, place.dtype)) if place.dtype else x, code, block_size)
+
+    return place._replace(dtype=None).plain(encode and f)  # the table is float32 always
+
+
+def _compress(module: ModuleType, place: Place) -> Callable | None:
+    return place.plain(place.function(module.compress_scales))
+
+
+def _decode(module: ModuleType, place: Place) -> Callable | None:
+    return place.plain(place.function(lambda *parts: module.DoubleQuantizedScales(*parts).decode()))
+
+
+ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
+    "nf4.dequantize": _nf4_dequantize,
+    "blockwise.quantize": _blockwise_quantize,
+    "blockwise.dequantize": _blockwise_dequantize,
+    "double_quant.compress": _compress,
+    "double_quant.decode": _decode,
+}
