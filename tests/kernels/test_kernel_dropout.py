@@ -19,13 +19,13 @@ from minift_kernels.nn import dropout
 from nn.checks import kill_matrix
 from wrong_kernels import wrong_dropout
 
-BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
+BACKENDS = {"torch": ("float32", "float64", "float16", "bfloat16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
 QUICK = [Dropped((2, 7), 0.4, 2**40 + 3, 2**33 + 1), Dropped((1026,), 0.3, 5, seed=1)]
 
 
-def implementation(how):
-    return torch_functions.differentiable(functools.partial(dropout.dropout, backend=how))
+def implementation(how, dtype=None):
+    return torch_functions.differentiable(functools.partial(dropout.dropout, backend=how), dtype=dtype)
 
 
 def on_counters(f):
@@ -45,7 +45,7 @@ def test_properties(how):
         for case in DROPPED:
             if case.dtype in BACKENDS[how]:
                 for prop in OPERATIONS[2].properties:
-                    prop(implementation(how), case)
+                    prop(implementation(how, case.dtype), case)
 
 
 @pytest.mark.parametrize("how", BACKENDS)

@@ -15,13 +15,13 @@ from minift_kernels.nn.weight import Frozen
 from nn.checks import kill_matrix
 from wrong_kernels import wrong_embedding
 
-BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
+BACKENDS = {"torch": ("float32", "float64", "float16", "bfloat16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
 QUICK = [Lookup((2, 4), 4, 3, seed=1), Lookup((3,), 3, 1030)]
 
 
-def implementation(how):
-    return torch_functions.differentiable(functools.partial(embedding.embedding, backend=how))
+def implementation(how, dtype=None):
+    return torch_functions.differentiable(functools.partial(embedding.embedding, backend=how), dtype=dtype)
 
 
 @pytest.mark.parametrize("how", BACKENDS)
@@ -30,7 +30,7 @@ def test_properties(how):
         for case in FIXED:
             if case.dtype in BACKENDS[how]:
                 for prop in OPERATIONS[0].properties:
-                    prop(implementation(how), case)
+                    prop(implementation(how, case.dtype), case)
 
 
 def test_kill_matrix():

@@ -23,7 +23,7 @@ from minift_kernels.nn.weight import Frozen
 from nn.checks import kill_matrix
 from wrong_kernels import wrong_losses
 
-BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
+BACKENDS = {"torch": ("float32", "float64", "float16", "bfloat16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
 TILES = backend.load(losses.KERNELS, "interpreter").TILES.copy()
 QUICK = [Labeled((4,), 19, "rising", 0.3, 7.0, seed=1), Labeled((2,), 17, "shifted", 0.0), Labeled((2,), 5)]
@@ -42,9 +42,9 @@ def two_rows(monkeypatch):
     monkeypatch.setattr(losses, "ROWS", 2)
 
 
-def implementation(operation, how):
+def implementation(operation, how, dtype=None):
     function = getattr(losses, operation.name.split(".")[1])
-    return torch_functions.differentiable(functools.partial(function, backend=how))
+    return torch_functions.differentiable(functools.partial(function, backend=how), dtype=dtype)
 
 
 @pytest.mark.parametrize("how", BACKENDS)
@@ -54,7 +54,7 @@ def test_properties(operation, how, small_tiles, two_rows):
         if case.dtype in BACKENDS[how]:
             for prop in operation.properties:
                 with guarded() if prop in GUARDED else contextlib.nullcontext():  # watched accesses take their time
-                    prop(implementation(operation, how), case)
+                    prop(implementation(operation, how, case.dtype), case)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -13,14 +13,14 @@ from minift_kernels.nn import mlp
 from nn.checks import kill_matrix
 from wrong_kernels import wrong_mlp
 
-BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
+BACKENDS = {"torch": ("float32", "float64", "float16", "bfloat16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
 QUICK = [Numbers((2, 9), "normal"), Numbers((1030,), "extreme", seed=1), Numbers((6,), "large", "float16")]
 
 
-def implementation(operation, how):
+def implementation(operation, how, dtype=None):
     function = getattr(mlp, operation.name.split(".")[1])
-    return torch_functions.differentiable(functools.partial(function, backend=how))
+    return torch_functions.differentiable(functools.partial(function, backend=how), dtype=dtype)
 
 
 @pytest.mark.parametrize("how", BACKENDS)
@@ -30,7 +30,7 @@ def test_properties(operation, how):
         for case in FIXED:
             if case.dtype in BACKENDS[how]:
                 for prop in operation.properties:
-                    prop(implementation(operation, how), case)
+                    prop(implementation(operation, how, case.dtype), case)
 
 
 def test_tiles_are_all_run():

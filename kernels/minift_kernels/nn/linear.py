@@ -25,6 +25,7 @@ def linear(
     """y = x Wᵀ + b; the weight may be quantized or carry an adapter. `dropout_key` reaches a LoRA's dropout."""
     backends.choose(backend, x.device, x.dtype)
     if isinstance(weight, Tensor):
-        return functional.linear(x, weight, bias)
+        flat = functional.linear(backends.rows(x), weight, bias)  # a matrix: then the bias is added before rounding
+        return flat.view(*x.shape[:-1], len(weight))
     y = weight.linear(x, dropout_key, backend=backend)
     return y if bias is None else y + bias

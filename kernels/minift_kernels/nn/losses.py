@@ -265,11 +265,7 @@ def _differentiate_linear(ctx, dtotal, *_):
     return *scaled, None, None, None, None
 
 
-_lineardef _differentiate(ctx, dlosses, *_):
-    return _cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.backend), None, None
-
-
-_cross_entropy = backends.operator(
+_linear_cross_entropy = backends.operator(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, bool keep_dx, bool keep_dweight, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _linear_forward,
