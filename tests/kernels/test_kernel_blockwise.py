@@ -9,6 +9,7 @@ import pytest
 import torch
 from interpreter_memory import Watched, watch
 from launches import guarded, replaced
+from quant.trouble import battery
 
 from minift.quant import blockwise as reference
 from minift.quant import codebooks as reference_codebooks
@@ -17,7 +18,6 @@ from minift_kernels import aot, backend
 from minift_kernels.quant import blockwise, codebooks
 from nn.checks import kill_matrix
 from quant import properties
-from quant.trouble import battery
 from wrong_kernels import wrong_blockwise
 
 BACKENDS = ("torch", "interpreter")

@@ -7,7 +7,6 @@ weights changed by the same amount do to them.
 import numpy as np
 import pytest
 import torch
-from minift_kernels.params import from_numpy
 
 from minift.data.batches import pad
 from minift.data.example import Message
@@ -19,6 +18,7 @@ from minift.peft import lora, qlora
 from minift.train import engine, sft
 from minift.train.loop import Settings, fit
 from minift_kernels.models import llama
+from minift_kernels.params import from_numpy
 from minift_kernels.train import engine as torch_engine
 from minift_kernels.train import sft as torch_sft
 from rounding import rounding_bound
