@@ -376,8 +376,8 @@ def runs(dtypes):
 
 
 def clips(dtypes):
-    limits = st.floats(1e-3, 1e3)
-    return st.builds(Clip, limits, st.floats(1e-3, 1e2), st.sampled_from(sorted(dtypes)), st.integers(0, 99))
+    limits, scales, shapes = st.floats(1e-3, 1e3), st.floats(1e-3, 1e2), st.just(Clip(1.0).shapes)
+    return st.builds(Clip, limits, scales, st.sampled_from(sorted(dtypes)), st.integers(0, 99), shapes)
 
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
