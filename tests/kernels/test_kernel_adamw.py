@@ -6,6 +6,8 @@ import functools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from interpreter_memory import Watched, watch
 from launches import every_launch, guarded, replaced
 
@@ -107,6 +109,16 @@ def test_properties(operation, how):
         if case.dtype in DTYPES[how]:
             for prop in operation.properties:
                 prop(implementation(operation, how, case.dtype == "bfloat16"), case)
+
+
+@pytest.mark.parametrize("how", ["reference", "torch"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_drawn(operation, how, data):
+    case = data.draw(operation.cases(DTYPES[how]))
+    for prop in operation.properties:
+        prop(implementation(operation, how, case.dtype == "bfloat16"), case)
 
 
 # More than an outsider promises: the reference's bits, offsets beyond 32 bits, a tighter length.
@@ -380,6 +392,7 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
         ((x, x[:2], x, x), "torch", r"the gradient of p: \(2, 4\) on cpu, needed \(3, 4\) on cpu, as the parameter"),
         ((x, x, x, x.half()), "interpreter", "the moment of p: torch.float16, needed torch.float32 for parameters in"),
         ((x.double(), x, x, x), "torch", "the moment of p: torch.float32, needed torch.float64 for parameters in"),
+        ((x, x.double(), x, x), "interpreter", "the gradient of p: torch.float64, needed float32, float16 or bfloat16"),
         ((x.double(),) * 4, "interpreter", "p: float64, but kernels compute in float32: use backend='torch'"),
     ]:
         with pytest.raises(ValueError, match=message):

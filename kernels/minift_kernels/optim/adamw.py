@@ -134,8 +134,9 @@ def clip_by_global_norm(gradients: Tensors, max_norm: float, *, backend: str | N
 
         g′ = g · min(1, max_norm / ‖g‖)    ‖g‖² = Σ over every tensor of Σ g²     (Pascanu et al. 2013, arXiv 1211.5063)
 
-    The length is a Python number, for which the GPU is waited for, once. Squares are float32 and summed in float64, in
-    the kernel after the first 16: the length is within γ₁₇ relatively, and the same bits every time.
+    The length is a Python number, for which the GPU is waited for, once for each type of gradient. Squares are float32
+    and summed in float64, in the kernel from the seventeenth on: their sum is within γ₁₇ relatively, and the same bits
+    every time.
     ValueError when the length is not a finite number."""
     norm = math.sqrt(sum(total.item() for total in _sums_of_squares(gradients, backend)))
     if not math.isfinite(norm):
@@ -173,6 +174,8 @@ def _checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str |
     how = backends.choose(backend, theta.device, theta.dtype)
     if how != "torch" and theta.dtype == torch.float64:
         raise ValueError(f"{name}: float64, but kernels compute in float32: use backend='torch' or another type")
+    if how != "torch" and gradient.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"the gradient of {name}: {gradient.dtype}, needed float32, float16 or bfloat16 for a kernel")
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
     for what, a in (("gradient", gradient), *(("moment", m) for m in moments)):
         if a.shape != theta.shape or a.device != theta.device:

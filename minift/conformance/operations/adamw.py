@@ -319,9 +319,11 @@ def has_the_common_length(f, case):
     ball = length(gradients, case.dtype)
     assert type(norm) is float, f"the norm is a {type(norm).__name__}, needed a float"
     assert abs(norm - ball.value[0]) <= ball.radius[0], f"norm {norm}, exactly {ball.value[0]}"
-    if ball.value[0] <= case.max_norm * (1 - 1e-3):
+    if ball.value[0] + ball.radius[0] <= case.max_norm:
         return _same(clipped, gradients, "a gradient that is short enough,")
-    assert list(clipped) == list(gradients)
+    if ball.value[0] - ball.radius[0] <= case.max_norm:
+        return  # too close to say
+    assert list(clipped) == list(gradients), f"names {list(clipped)}, needed {list(gradients)}"
     type_ = arithmetic(case.dtype)
     factor = case.max_norm / ball
     factor = Ball(factor.value, type_, factor.radius + unit_roundoff(type_) * factor.value)  # rounded once more
@@ -361,7 +363,7 @@ def _refused(f, gradients, max_norm, message):
 
 # --- the operations ---------------------------------------------------------------------------------------------------
 
-_shapes = st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple)
+_shapes = st.lists(st.integers(0, 12), min_size=1, max_size=3).map(tuple)
 
 
 def steps(dtypes):
@@ -374,8 +376,8 @@ def runs(dtypes):
 
 
 def clips(dtypes):
-    limits = st.floats(1e-3, 1e3)
-    return st.builds(Clip, limits, st.floats(1e-3, 1e2), st.sampled_from(sorted(dtypes)), st.integers(0, 99))
+    limits, scales, shapes = st.floats(1e-3, 1e3), st.floats(1e-3, 1e2), st.just(Clip(1.0).shapes)
+    return st.builds(Clip, limits, scales, st.sampled_from(sorted(dtypes)), st.integers(0, 99), shapes)
 
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
