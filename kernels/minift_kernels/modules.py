@@ -21,9 +21,11 @@ from minift_kernels.nn.weight import Frozen
 from minift_kernels.peft.lora import LoRA
 from minift_kernels.quant import double_quant, nf4
 from minift_kernels.quant.double_quant import DoubleQuantizedScales
-from minift_kernels.quant.nf4 import NF4Tensor
+from minift_kernels.quant.nf4 import NF4Tensor, Scales
 
 __all__ = ["LoRALinear", "NF4Linear", "QLoRALinear"]
+
+SCALES = ("absmax", "nested_absmax", "nested_code", "offset")  # float32, but for absmax where the others are there
 
 
 class NF4Linear(nn.Module):
@@ -43,13 +45,11 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.block_size, self.backend = weight.block_size, backend
         s = weight.absmax
-        nested = None if isinstance(s, Tensor) else s
-        self.nested_block_size = nested.block_size if nested else None
+        scales: tuple[Tensor | None, ...] = (s, None, None, None) if isinstance(s, Tensor) else _parts(s)
+        self.nested_block_size = 0 if isinstance(s, Tensor) else s.block_size
         self.register_buffer("codes", weight.codes)
-        self.register_buffer("absmax", nested.codes if nested else s)
-        self.register_buffer("nested_absmax", nested.absmax if nested else None)
-        self.register_buffer("nested_code", nested.code if nested else None)
-        self.register_buffer("offset", nested.offset if nested else None)
+        for name, part in zip(SCALES, scales, strict=True):
+            self.register_buffer(name, part)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
@@ -69,7 +69,6 @@ class NF4Linear(nn.Module):
         """The dataclass that multiplies, made of the buffers as they are now."""
         scales: Tensor | DoubleQuantizedScales = self.absmax
         if self.nested_absmax is not None and self.nested_code is not None and self.offset is not None:
-            assert self.nested_block_size is not None
             scales = DoubleQuantizedScales(
                 self.absmax, self.nested_absmax, self.offset, self.nested_block_size, self.nested_code
             )
@@ -81,8 +80,7 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> NF4Linear:
         """Moves everything, but scales stay float32: under `half()` and the like they would lose bits for good."""
-        names = ("absmax", "nested_absmax", "nested_code", "offset")
-        before = {name: self._buffers[name] for name in names}
+        before = {name: self._buffers[name] for name in SCALES}
         super()._apply(fn, recurse)
         for name, kept in before.items():
             moved = self._buffers[name]
@@ -141,9 +139,14 @@ class LoRALinear(nn.Module):
             base: nn.Linear | NF4Linear = NF4Linear(weight.base, bias, backend=backend)
         else:
             base = _linear(weight.base.dense(), bias)
-        settings = {"use_rslora": weight.use_rslora, "lora_dropout": weight.lora_dropout, "backend": backend}
-        layer = LoRALinear.__new__(cls)
-        LoRALinear.__init__(layer, base, len(weight.A), weight.lora_alpha, **settings)
+        layer = cls(
+            base,
+            len(weight.A),
+            weight.lora_alpha,
+            use_rslora=weight.use_rslora,
+            lora_dropout=weight.lora_dropout,
+            backend=backend,
+        )
         layer.lora_A.weight = nn.Parameter(weight.A.detach().clone())
         layer.lora_B.weight = nn.Parameter(weight.B.detach().clone())
         return layer
@@ -200,3 +203,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return layer
+
+
+def _parts(s: Scales) -> tuple[Tensor, ...]:
+    return s.codes, s.absmax, s.code, s.offset

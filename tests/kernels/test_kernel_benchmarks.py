@@ -21,9 +21,10 @@ def script(name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the benchmark")
-def test_without_a_gpu_nothing_is_timed():
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "compiled"))
+def test_without_a_gpu_nothing_is_timed(name):
     with pytest.raises(SystemExit, match="needs a CUDA device"):
-        script("nf4").Benchmark().run()
+        script(name).Benchmark().run()
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -8,10 +8,12 @@ import torch
 
 from minift.models import llama
 from minift.nn.weight import freeze, replace, trainable
-from minift.peft import lora, qlora
+from minift.peft import lora, merge, qlora
 from minift_kernels import params as twins
 from minift_kernels.nn import weight as twin_weight
 from minift_kernels.peft import lora as twin_lora
+from minift_kernels.peft import merge as twin_merge
+from minift_kernels.peft import qlora as twin_qlora
 
 CONFIG = llama.Config(23, 12, 20, 2, 4, 2, 6)
 
@@ -185,3 +187,48 @@ def test_mix_merge_unmerge(params):
     assert not torch.equal(merged[name].array, base[name].array)
     with pytest.raises(ValueError, match="carry no adapter"):
         twin_lora.merge(base)
+
+
+@pytest.mark.parametrize("use_double_quant", [False, True])
+def test_qlora(use_double_quant, params):
+    """The reference's codes, scales and A to the bit, but for the mean of the scales, whose last bit may differ."""
+    tensors, settings = twins.from_numpy(params), {"use_double_quant": use_double_quant, "block_size": 32}
+    wanted = qlora.attach(params, "all-linear", 3, 7, rng=np.random.default_rng(5), lora_dropout=0.25, **settings)
+    found = twin_qlora.attach(tensors, "all-linear", 3, 7, rng=np.random.default_rng(5), lora_dropout=0.25, **settings)
+    for name, weight in twins.to_numpy(found).items():
+        if isinstance(weight, lora.LoRA) and use_double_quant:
+            assert weight.base.codes.tobytes() == wanted[name].base.codes.tobytes()
+            assert weight.A.tobytes() == wanted[name].A.tobytes()
+            np.testing.assert_allclose(weight.base.scales(), wanted[name].base.scales(), rtol=1e-2)
+        else:
+            assert leaves(weight) == leaves(wanted[name]), name
+    with pytest.raises(ValueError, match="merge or detach the adapter before quantizing"):
+        twin_qlora.quantize(twin_lora.attach(tensors, r=3, rng=np.random.default_rng(5)))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=rf"{name}: .*nan"):
+        twin_qlora.quantize(tensors | {name: tensors[name].detach() * torch.nan})
+
+
+@pytest.mark.parametrize("over_nf4", [False, True])
+def test_three_ways_of_merging(over_nf4, params):
+    rng = np.random.default_rng(7)
+    base = qlora.quantize(params, block_size=32, use_double_quant=False) if over_nf4 else params
+    attached = lora.attach(base, ["q_proj", "up_proj"], 3, 7, rng=rng)
+    moved = {n: rng.standard_normal(a.shape).astype(np.float32) / 4 for n, a in trainable(attached).items()}
+    trained = replace(attached, moved)
+    tensors, originals = twins.from_numpy(trained), twins.from_numpy(params)
+    assert twin_merge.exact_way(tensors) == merge.exact_way(trained)
+    for found, wanted in (
+        (twin_merge.merge_original(tensors, originals), merge.merge_original(trained, params)),
+        (twin_merge.merge_dequantized(tensors), merge.merge_dequantized(trained)),
+        (twin_merge.merge_requantized(tensors, 32), merge.merge_requantized(trained, 32)),
+    ):
+        back = twins.to_numpy(found)
+        assert [type(back[name]) for name in wanted] == [type(w) for w in wanted.values()]
+        error, wanted_error = twin_merge.merge_error(found, tensors), merge.merge_error(wanted, trained)
+        assert error == pytest.approx(wanted_error, rel=1e-3, abs=1e-6)
+        for name in wanted:
+            if type(wanted[name]).__name__ == "Frozen":
+                np.testing.assert_allclose(back[name].array, wanted[name].array, rtol=1e-3, atol=1e-3)
+    assert not any(twin_weight.learns(w) for w in found.values())
+    assert twin_merge.squares(torch.tensor([3.0, 4.0])) == 25

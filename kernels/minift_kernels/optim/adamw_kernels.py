@@ -10,8 +10,9 @@ are widened, and θ′ is rounded once more. Moments have 32 always: 1 − β₂
 place of bfloat16, whose v would never move.
 
 **What it costs.** A float32 parameter is 28 bytes: θ, m and v read and written, g read (16 bits: 22). An H100 at
-3.35 TB/s moves 120 thousand million of them a second. The three quotients and the root are about 10 instructions each,
-all of (1) and (2) about 60; at 132 × 128 lanes and 1.7 GHz there is time for 240. Predicted: exactness is free.
+3.35 TB/s moves 120 thousand million of them a second. Exact quotients and roots are not one instruction but ten or
+more: in the machine code for sm_90, (1) and (2) are 97 an element, many of them for numbers that are too small or too
+large and never reached. At 132 × 128 lanes and 1.7 GHz there is time for 240. Predicted: exactness is free.
 
 **One launch.** A model has hundreds of tensors, many of them small (gains of norms, adapters of rank 8). A launch for
 each would leave most of the GPU idle most of the time. So the kernel is given a table in memory instead of tensors:
@@ -19,15 +20,15 @@ each would leave most of the GPU idle most of the time. So the kernel is given a
     table (tensors, 6)     addresses of θ, g, m, v; number of elements; 1 if it decays
     tiles (programs, 2)    the tensor of this program, and which of the tensor's tiles is its own
 
-A program reads its row of `tiles`, then that tensor's row of `table`: 56 bytes for the 45,000 or more of its tile. No
+A program reads its row of `tiles`, then that tensor's row of `table`: 56 bytes for the 22,000 or more of its tile. No
 program searches, and none sees two tensors. `tiles` depends on the sizes only and is made once; `table` is sent every
 step (48 bytes a tensor), since gradients lie elsewhere each time.
 
 **Words of 16 bytes.** The compiler knows nothing about an address that it reads from memory. ALIGNED promises that all
 of them are divisible by 16, which the caller has looked at. A whole tile takes a path without a mask, the last one of a
 tensor a path with. And 4 numbers are neighbors for one lane, whatever their type (`max_contiguous`): 16 bytes of a
-moment, 8 of a 16-bit parameter. With 8 there would be two stores to a moment's 8 numbers, and a detour through shared
-memory between.
+moment, 8 of a 16-bit parameter. With 8 there would be two stores for a moment's 8 numbers, and on sm_90 a detour
+through shared memory before them.
 """
 
 import triton

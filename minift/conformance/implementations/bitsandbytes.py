@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minift.conformance.implementations.quiet import import_quietly
+from minift.conformance.implementations.quiet import absent, import_quietly
 from minift.conformance.operation import Implementation
 from minift.conformance.torch_functions import array, tensor
 
@@ -17,7 +17,7 @@ def implementations() -> list[Implementation]:
 
         bnb = import_quietly("bitsandbytes.functional")
     except ImportError as error:
-        return [Implementation("bitsandbytes", missing=f"{error.name} is not installed")]
+        return [Implementation("bitsandbytes", missing=absent(error))]
 
     @torch.compiler.set_stance("force_eager")  # it would compile for many seconds
     def nf4_quantize(w, block_size):

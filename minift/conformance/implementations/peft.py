@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from minift.conformance import torch_functions
+from minift.conformance.implementations.quiet import absent
 from minift.conformance.operation import Implementation
 
 
@@ -16,7 +17,7 @@ def implementations() -> list[Implementation]:
 
         from peft import LoraConfig
     except ImportError as error:
-        return [Implementation("peft", missing=f"{error.name} is not installed")]
+        return [Implementation("peft", missing=absent(error))]
 
     @cache
     def layer(d_out: int, d_in: int, r: int) -> Any:

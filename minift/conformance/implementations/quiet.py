@@ -8,6 +8,13 @@ import warnings
 from types import ModuleType
 
 
+def absent(error: ImportError) -> str:
+    """Why there is nothing to run."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name.partition('.')[0]} is not installed"
+    return f"it cannot be imported: {error}"
+
+
 def import_quietly(name: str) -> ModuleType:
     """The module, without warnings. ImportError as always."""
     before = logging.root.manager.disable

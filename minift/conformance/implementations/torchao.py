@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minift.conformance.implementations.quiet import import_quietly
+from minift.conformance.implementations.quiet import absent, import_quietly
 from minift.conformance.operation import Implementation
 from minift.conformance.torch_functions import array, tensor
 
@@ -16,7 +16,7 @@ def implementations() -> list[Implementation]:
     try:
         import_quietly("torchao")
     except ImportError as error:
-        return [Implementation("torchao", missing=f"{error.name} is not installed")]
+        return [Implementation("torchao", missing=absent(error))]
     for name in MODULES:
         try:
             module = import_quietly(name)

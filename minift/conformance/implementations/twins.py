@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from minift.conformance import torch_functions
+from minift.conformance.implementations.quiet import absent
 from minift.conformance.operation import Implementation, Operation
 from minift.conformance.operations import every
 
@@ -54,8 +55,7 @@ def implementations(backend: str) -> list[Implementation]:
 
         import minift_kernels  # noqa: F401
     except ImportError as error:
-        missing = f"{error.name} is not installed (pip install 'minift[kernels]')"
-        return [Implementation(backend, ours=True, missing=missing)]
+        return [Implementation(backend, ours=True, missing=f"{absent(error)} (pip install 'minift[kernels]')")]
     if backend != "triton":
         return [Implementation(backend, _functions(Place(backend)), DTYPES[backend], ours=True)]
     if not torch.cuda.is_available():

@@ -225,8 +225,7 @@ def each_is_a_step(f, case):
     """θ, m and v of every array within the bound of a step; matrices decay, and what has one axis or none does not."""
     arrays, optimizer = start(case), f(*STATE, 0, {}, {})
     optimizer.update(arrays, gradients_of(case, 1), RATE)
-    zeros = {name: np.zeros(a.shape, arithmetic(case.dtype)) for name, a in arrays.items()}
-    state = [copies(d) for d in (arrays, optimizer.m or zeros, optimizer.v or zeros)]
+    state = [copies(d) for d in (arrays, optimizer.m, optimizer.v)]
     gradients = gradients_of(case, 2)
     optimizer.update(arrays, copies(gradients), RATE)
     for name, theta in arrays.items():

@@ -15,7 +15,7 @@ from minift.peft import batched
 
 
 class Batch(NamedTuple):
-    index: tuple[int, ...]  # an adapter a row, −1 for none
+    users: tuple[int, ...]  # an adapter a row, −1 for none
     ranks: tuple[int, ...]  # of the adapters
     d_in: int = 7
     d_out: int = 5
@@ -26,10 +26,10 @@ class Batch(NamedTuple):
 def arrays(case: Batch) -> tuple[list[np.ndarray], np.ndarray]:
     """x, W, the stack's A and B, and dy."""
     rng = np.random.default_rng(case.seed)
-    x, W = rng.standard_normal((len(case.index), case.d_in)), rng.standard_normal((case.d_out, case.d_in))
+    x, W = rng.standard_normal((len(case.users), case.d_in)), rng.standard_normal((case.d_out, case.d_in))
     adapters = [(rng.standard_normal((r, case.d_in)), rng.standard_normal((case.d_out, r)), 1.0) for r in case.ranks]
     stack = batched.stack(adapters)
-    return [x, W, stack.A, stack.B], rng.standard_normal((len(case.index), case.d_out))
+    return [x, W, stack.A, stack.B], rng.standard_normal((len(case.users), case.d_out))
 
 
 def scaling(case: Batch) -> np.ndarray:
@@ -38,7 +38,7 @@ def scaling(case: Batch) -> np.ndarray:
 
 
 def settings(f, case: Batch):
-    index = np.array(case.index, np.int64)
+    index = np.array(case.users, np.int64)
     return lambda x, W, A, B: f(x, W, A, B, scaling(case), index)
 
 
@@ -46,7 +46,7 @@ def oracle(case: Batch):
     """Each adapter over all rows, and then zeros where a row has another."""
 
     def balls(number, dy, x, W, A, B):
-        mine = [np.array(case.index)[:, None] == a for a in range(len(A))]
+        mine = [np.array(case.users)[:, None] == a for a in range(len(A))]
         dy, x, W = map(number, (dy, x, W))
         y, dx, dAs, dBs = kept(x @ W.T, case.dtype), kept(dy @ W, case.dtype), [], []
         for A_a, B_a, s, of_a in zip(map(number, A), map(number, B), scaling(case), mine, strict=True):
@@ -89,10 +89,10 @@ def users_do_not_mix(f, case):
     """The first row has the same bits, in both passes, and its adapter the same gradient, if the others are NaN."""
     args, dy, dtype = given(case)
     dy, x, W, A, B = common.prepared([dy, *args], dtype)
-    if not case.index:
+    if not case.users:
         return
-    first = case.index[0]
-    others, not_mine = np.array(case.index) != first, np.arange(len(A)) != first
+    first = case.users[0]
+    others, not_mine = np.array(case.users) != first, np.arange(len(A)) != first
     y, vjp = settings(f, case)(x, W, A, B)
     x_nan, dy_nan, A_nan, B_nan = (part.copy() for part in (x, dy, A, B))
     x_nan[others] = dy_nan[others] = A_nan[not_mine] = B_nan[not_mine] = np.nan
@@ -104,12 +104,12 @@ def users_do_not_mix(f, case):
     if first >= 0:
         common.same_bits(dA_nan[first], dA[first], "dA of the first row's adapter, beside NaN")
         common.same_bits(dB_nan[first], dB[first], "dB of the first row's adapter, beside NaN")
-    for unused in set(range(len(A))) - set(case.index):
+    for unused in set(range(len(A))) - set(case.users):
         assert not dA[unused].any() and not dB[unused].any(), f"adapter {unused} is not used, and has a gradient"
 
 
 def pullback_is_the_transpose_of_the_derivative(f, case):
-    if case.dtype == "float64" and case.index:
+    if case.dtype == "float64" and case.users:
         rng = np.random.default_rng(case.seed)
         check_vjp(settings(f, case), *given(case)[0], rng=rng, frozen=[1])
 

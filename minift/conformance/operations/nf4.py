@@ -24,7 +24,7 @@ THRESHOLDS = np.array(
      -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
      0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011],
     f32)  # fmt: skip
-MANY = 1 << 16  # numbers from a normal distribution: what is known of their errors is a statistic
+NORMAL = 1 << 16  # numbers from a normal distribution: what is known of their errors is a statistic
 MEAN, DEVIATION = 0.072798, 7.4e-5  # of mean |ŵ − w|, block size 64: bitsandbytes' published figures (its tests)
 
 
@@ -40,16 +40,16 @@ def many_codes(f, w, case) -> tuple[np.ndarray, np.ndarray]:
 
 def error_of_normal_numbers(f, case):
     """Mean |ŵ − w| on N(0, 1) is bitsandbytes' published figure, neither more nor less, to five standard errors."""
-    if len(case.w) == MANY:
+    if len(case.w) == NORMAL:
         w = case.array()
         error = np.abs(many_codes(f, w, case)[1] - w)
-        allowed = 5 * np.hypot(DEVIATION, float(error.std()) / MANY**0.5)
+        allowed = 5 * np.hypot(DEVIATION, float(error.std()) / NORMAL**0.5)
         assert abs(error.mean() - MEAN) <= allowed, f"{error.mean():.6f}, needed {MEAN} ± {allowed:.6f}"
 
 
 def is_not_symmetric(f, case):
     """NF4(−w) = −NF4(w) for 12 % of normal numbers: the table has one more positive entry than negative ones."""
-    if len(case.w) == MANY:
+    if len(case.w) == NORMAL:
         w = case.array()
         (plus, w_plus), (minus, w_minus) = many_codes(f, w, case), many_codes(f, -w, case)
         mirrored, odd = np.mean(plus + minus == 15), np.mean(w_plus == -w_minus)
@@ -66,7 +66,7 @@ FIXED = (
     Numbers.of(strategies.every_threshold(THRESHOLDS, 32), 32),
     *(_normal(2 * block_size + 77, block_size) for block_size in BLOCK_SIZES),
     *(_normal(n, 32, dtype) for n in (1, 130) for dtype in ("float16", "float64", "bfloat16")),
-    _normal(MANY, 64),
+    _normal(NORMAL, 64),
 )
 
 
