@@ -126,20 +126,16 @@ def _count(labels: np.ndarray, normalizer: float | None) -> float:
 # --- cross_entropy: f(logits, labels, normalizer) ---------------------------------------------------------------------
 
 
-def is_within_its_bound(f, case):
-    _within(f, case, np.asarray)
-
-
 def any_layout(f, case):
     """Logits and labels; not to the bit, for what lies otherwise may be summed in another order."""
     for layout in (common.strided, common.transposed, common.misaligned, common.apart):
         try:
-            _within(f, case, layout)
+            is_within_its_bound(f, case, layout)
         except AssertionError as error:
             raise AssertionError(f"{layout.__name__} arguments: {error}") from error
 
 
-def _within(f, case, layout):
+def is_within_its_bound(f, case, layout=np.asarray):
     logits, labels, dloss = arrays(case)
     type_ = arithmetic(case.dtype)
     numbers = dloss.astype(np.float64), logits.astype(np.float64)
