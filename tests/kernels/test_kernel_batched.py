@@ -1,6 +1,7 @@
 """Many adapters in one batch, in torch and Triton: the properties, guards, wrong versions, offsets, compilation."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ def test_what_does_not_fit_is_refused(how):
     ):
         with pytest.raises(ValueError, match=message):
             batched.forward(x, w, adapters, index, backend=how)
+    with pytest.raises(ValueError, match=r"x \(3, 4, 6\), W \(4, 6\), A \(2, 6\), B \(5, 2\): needed"):
+        inspect.unwrap(batched.forward)(x, w[:4], adapters, torch.tensor(0).expand(3), backend=how)
     with pytest.raises(ValueError, match=r"adapters: for layers of shapes \(in, out\) \[\(6, 5\), \(7, 5\)\]"):
         batched.stack([(torch.randn(2, 6), torch.randn(5, 2), 1.0), (torch.randn(2, 7), torch.randn(5, 2), 1.0)])
 

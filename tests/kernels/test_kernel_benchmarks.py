@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minift_kernels.modules import QLoRALinear
 from minift_kernels.quant import double_quant, nf4
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
@@ -36,6 +37,17 @@ def test_bitsandbytes_is_given_the_same_tensor(nested):
     call = benchmark._bitsandbytes(q, torch.empty(q.shape, dtype=torch.float16))
     found = call.func(*call.args)
     assert torch.equal(found, nf4.dequantize(q, torch.float16))
+
+
+def test_peft_is_given_the_same_layer():
+    """Its result is ours, up to the roundings of 16 bits."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 64, bias=False)
+    ours = QLoRALinear.from_linear(linear, 4, 8)
+    torch.nn.init.normal_(ours.lora_B.weight)
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    theirs = script("lora").peft_layer(linear, ours, 0.0)
+    torch.testing.assert_close(theirs(x).to(x.dtype), ours(x), rtol=2**-6, atol=2**-4)
 
 
 def test_compiled_says_what_a_step_becomes():

@@ -1,6 +1,7 @@
 """LoRA in torch and Triton: the properties, also over NF4, guards, wrong versions, what is kept, compilation."""
 
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -119,6 +120,14 @@ def test_nothing_of_the_size_of_the_weight_is_kept(how, quantized):
     assert max(shape.numel() for shape in copies) <= (x.numel() if how == "torch" else B.numel())
     y.backward(torch.randn(32, 96))
     assert w.grad is None and x.grad is not None and A.grad.any() and B.grad.any()
+
+
+@pytest.mark.parametrize("how", BACKENDS)
+@pytest.mark.parametrize(("of_A", "of_B"), [((3, 6), (9, 3)), ((3, 7), (8, 3)), ((3, 7), (9, 2))])
+def test_shapes_that_do_not_fit_are_refused(how, of_A, of_B):
+    forward = inspect.unwrap(lora.forward)  # the tests check shapes, users do not
+    with pytest.raises(ValueError, match=r"x \(5, 7\), W \(9, 7\), A .*: needed \(…, in\), \(out, in\), \(r, in\)"):
+        forward(torch.ones(5, 7), torch.ones(9, 7), torch.ones(of_A), torch.ones(of_B), backend=how)
 
 
 def test_gradients_have_the_type_of_what_learns():

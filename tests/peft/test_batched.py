@@ -7,6 +7,7 @@ from minift.conformance.operations import batched as operation
 from minift.nn.weight import Frozen
 from minift.peft import batched, lora
 from minift.quant import nf4
+from nn.checks import kill_matrix
 
 SHAPES = [((6,), (6,)), ((2, 3), (2,)), ((2, 3), (2, 3)), ((2, 3), ())]
 
@@ -22,6 +23,38 @@ def test_properties(prop):
     for case in operation.FIXED:
         if case.dtype in ("float32", "float64"):
             prop(operation.reference, case)
+
+
+def spoiled(what):
+    """The reference with one mistake."""
+
+    def wrong(x, W, A, B, s, index):
+        if what == "scales exchanged":
+            s = s[::-1]
+        if what == "adds up all":  # the detours of all adapters, zero for those that are not meant
+            y, vjp = operation.reference(x, W, A, B, s, index)
+            return y + 0 * sum(x @ A_a.T @ B_a.T for A_a, B_a in zip(A, B, strict=True)), vjp
+        if what == "rows in memory":
+            x = np.ascontiguousarray(
+                np.lib.stride_tricks.as_strided(x, x.shape, (x.shape[-1] * x.itemsize, x.itemsize))
+            )
+        y, vjp = operation.reference(x, W, A, B, s, index)
+
+        def wrong_vjp(dy):
+            dx, dW, dA, dB = vjp(dy)
+            if what == "uses up dy":
+                dy *= 2
+            return (dx, dy.T @ x, dA, dB) if what == "base learns" else (dx, dW, dA + (what == "dA moved"), dB)
+
+        return y, wrong_vjp
+
+    wrong.__name__ = what
+    return wrong
+
+
+def test_every_property_rejects_something():
+    wrong = ["scales exchanged", "adds up all", "rows in memory", "uses up dy", "base learns", "dA moved"]
+    kill_matrix(operation.PROPERTIES, [spoiled(what) for what in wrong], operation.FIXED[:1] + operation.FIXED[5:6])
 
 
 @pytest.mark.parametrize(("rows", "of"), SHAPES)

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch, power_of_two, rows
 from minift_kernels.nn.weight import Frozen, Weight
+from minift_kernels.peft.lora import check_shapes
 
 KERNELS = "minift_kernels.peft.batched_kernels"
 
@@ -65,11 +66,12 @@ def forward(
     """Equation (1): the base for all rows at once, each adapter for its rows. W gets no gradient.
 
     `index` has a number for each row, or for each of x's leading axes, such as one a sequence. ValueError for an index
-    that does not fit x or names no adapter of the stack."""
+    or shapes that do not fit, or an index that names no adapter of the stack."""
     base = Frozen(W.detach()) if isinstance(W, Tensor) else W
+    check_shapes(x, tuple(base.shape), tuple(adapters.A.shape[1:]), tuple(adapters.B.shape[1:]))
     how = backends.choose(backend, x.device, x.dtype)
     of_row = of_rows(index, tuple(x.shape), len(adapters.A))
-    if how == "torch":
+    if how == "torch" or x.dtype == torch.float64:
         return _forward_torch(x, base.linear(x, backend=how), adapters, of_row)
     segments = _segments(of_row, len(adapters.A), backends.load(KERNELS, how).ROWS)
     scaling = adapters.scaling.detach()

@@ -61,14 +61,23 @@ def forward(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """The base layer plus a detour of rank r: equation (1). W gets no gradient. No dropout without a `dropout_key`."""
+    """The base layer plus a detour of rank r: equation (1). W gets no gradient. No dropout without a `dropout_key`.
+
+    ValueError for shapes that do not fit each other. float64 is computed in plain PyTorch, whatever the backend."""
     base = Frozen(W.detach()) if isinstance(W, Tensor) else W
+    check_shapes(x, tuple(base.shape), tuple(A.shape), tuple(B.shape))
     how = backends.choose(backend, x.device, x.dtype)
     p, key = (p, _signed(dropout_key)) if dropout_key is not None else (0.0, 0)
-    if how == "torch":
+    if how == "torch" or x.dtype == torch.float64:
         return _forward_torch(x, base.linear(x, backend=how), A, B, scaling, p, key)
     passed, h = _Down.apply(x, A, scaling / (1 - p), p, key, how)
     return _Up.apply(base.linear(passed if x.requires_grad else x, backend=how), h, B, how)
+
+
+def check_shapes(x: Tensor, W: tuple[int, ...], A: tuple[int, ...], B: tuple[int, ...]) -> None:
+    """ValueError unless A (r, in) and B (out, r) fit W (out, in), and x (..., in): a kernel would read beyond them."""
+    if A[:1] != B[1:] or B[:1] + A[1:] != W or tuple(x.shape[-1:]) != A[1:]:
+        raise ValueError(f"x {tuple(x.shape)}, W {W}, A {A}, B {B}: needed (…, in), (out, in), (r, in), (out, r)")
 
 
 def _forward_torch(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, key: int) -> Tensor:
