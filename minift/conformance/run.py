@@ -141,6 +141,8 @@ class Attempt:
             return f"it raised {type(error).__name__}: {_first_line(error)}{hint}{tensors}"
         if isinstance(error, AssertionError):
             return str(error)
+        if not self.called:
+            return f"the property itself raised {type(error).__name__}: {_first_line(error)}"
         return f"it returned {described(self.returned)} ({_first_line(error)}); {needed}"
 
 

@@ -34,6 +34,7 @@ def call(f, w, case):
 
 def many_codes(f, w, case) -> tuple[np.ndarray, np.ndarray]:
     codes, absmax = results(call(f, w.copy(), case), "codes", "absmax")
+    assert codes.size == w.size // 2, f"{codes.size} codes, needed {w.size // 2} bytes, two codes each"
     codes = unpacked(codes.reshape(-1).astype(np.uint8), w.size)
     return codes, TABLE[codes] * np.repeat(absmax.reshape(-1), case.block_size)[: w.size]
 
