@@ -16,11 +16,12 @@ from launches import guarded, last_program, sparse, version
 from nf4_properties import twin
 
 from minift.conformance import torch_functions
+from minift.conformance.ball import Ball
 from minift.conformance.operations import nf4_linear
 from minift.conformance.operations.nf4_linear import FIXED, PROPERTIES, Product
 from minift_kernels import aot, backend
 from minift_kernels.quant import nf4, nf4_matmul
-from nn.checks import kill_matrix
+from nn.checks import kill_matrix, rejected
 from wrong_kernels import wrong_nf4_matmul
 
 BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float64", "float16")}
@@ -71,8 +72,8 @@ def launched(make, case, parts=1, **settings):
     y = given.new_empty((parts, len(given), case.shape[1 if gradient else 0]), dtype=torch.float32)
     codes, *scales, shape, block_size, nested = nf4._parts(q)
     make(y, given, (codes, *scales), shape, block_size, nested, "interpreter", **settings).run(CPU)
-    w = nf4_linear.Ball(nf4_linear.weights(case).astype(float), np.float32)
-    exact = nf4_linear.Ball(given.double().numpy(), np.float32) @ (w if gradient else w.T)
+    w = Ball(nf4_linear.weights(case).astype(float), np.float32)
+    exact = Ball(given.double().numpy(), np.float32) @ (w if gradient else w.T)
     exact.check(y.sum(0).numpy(), f"{case} {settings}")
 
 
@@ -138,34 +139,41 @@ def test_many_rows_are_decoded_first(monkeypatch):
 # Wrong versions.
 
 QUICK = {
-    "matmul": [
-        Product((3,), (9, 33), 32, 0, "float16", "wide"),
-        Product((5,), (4, 576), 32, 3, "float32", "wide", seed=2),
-        Product((3,), (5, 64), 32, kind="exact"),
-    ],
-    "matvec": [
-        Product((2,), (9, 64), 32, 0, "float16", "wide"),
-        Product((2,), (4, 2080), 32, 3, "float32", "wide", seed=2),
-        Product((2,), (5, 64), 32, kind="exact"),
-    ],
-    "gradient": [
-        Product((3,), (33, 9), 32, 0, "float16", "wide"),
-        Product((5,), (576, 4), 32, 3, "float32", "wide", seed=2),
-        Product((3,), (6, 64), 32, kind="exact"),
-    ],
+    "matmul": [Product((3,), (9, 33), 32, 0, "float16", "wide"), Product((3,), (4, 64), 32, 3, "float32", "wide")],
+    "matvec": [Product((2,), (9, 64), 32, 0, "float16", "wide"), Product((2,), (4, 64), 32, 3, "float32", "wide")],
+    "gradient": [Product((3,), (33, 9), 32, 0, "float16", "wide"), Product((3,), (64, 4), 32, 3, "float32", "wide")],
 }
 KERNEL = {"matmul": "matmul_7", "matvec": "matvec_4", "gradient": "gradient"}
 
 
+@pytest.fixture
+def two_turns(monkeypatch):
+    """Two parts, and a turn for each in a small matrix."""
+    matmul, matvec = (backend.load(f, "interpreter") for f in (nf4_matmul.MATMUL_KERNELS, nf4_matmul.MATVEC_KERNELS))
+    monkeypatch.setattr(matmul, "default_tile", lambda *_: (64, 16, 32, 4, 1))
+    monkeypatch.setattr(matvec, "default_tile", lambda *_: (16, 32, 4, 1))
+    for kernels in (matmul, matvec):
+        monkeypatch.setattr(kernels, "parts", lambda *_: 2)
+
+
 @pytest.mark.parametrize("name", QUICK)
-def test_kill_matrix(name):
+def test_kill_matrix(name, two_turns):
     kernels = backend.load("wrong_kernels.wrong_nf4_matmul", "interpreter")
     make = functools.partial(version_of, KERNEL[name], getattr(kernels, name))
+    properties = [PROPERTIES[i] for i in (0, 1, 3)]
     for prop in PROPERTIES[:6]:
         for case in QUICK[name]:
             prop(make("nothing"), case)
-    killed = kill_matrix(PROPERTIES[:6], [make(what) for what in getattr(wrong_nf4_matmul, name.upper())], QUICK[name])
-    assert {prop for prop, what in killed if what == "not rounded"} >= {"multiplies_with_the_decoded_weights"}
+    wrong = [make(what) for what in getattr(wrong_nf4_matmul, name.upper()) if what != "stride by width"]
+    killed = kill_matrix(properties, wrong, QUICK[name])
+    assert ("multiplies_with_the_decoded_weights", "not rounded") in killed
+    exact = QUICK[name][1]._replace(kind="exact")
+    for prop, what, case in (
+        (nf4_linear.any_layout, "stride by width", QUICK[name][1]),
+        (nf4_linear.integers_are_exact, "nibbles swapped", exact),
+        (nf4_linear.changes_nothing, "beyond the outputs", exact),
+    ):
+        assert rejected(prop, make(what), [case]), f"{prop.__name__} accepts {what}"
 
 
 def version_of(kernel, wrong, what):

@@ -19,7 +19,6 @@ SUMS = (
     "float16 sums",
     "last turn forgotten",
     "parts overlap",  # a part begins a turn early
-    "rounded at every turn",  # to the type of x, in which it can be more than float32's
     "stride by width",  # rows of x are taken to lie side by side
     "beyond the features",  # the last turn loads past the row
     "beyond the outputs",  # stores a whole tile
@@ -66,13 +65,11 @@ def weights(
 
 
 @triton.jit
-def add(total, values, w, dtype: tl.constexpr, WRONG: tl.constexpr):
+def add(total, values, w, WRONG: tl.constexpr):
     """total (ROWS, COLUMNS) + values (ROWS, SUMMED) · w (SUMMED, COLUMNS)."""
     total = total + tl.dot(values, w, input_precision="ieee")
     if WRONG == "float16 sums":
         total = total.to(tl.float16).to(tl.float32)
-    if WRONG == "rounded at every turn":
-        total = total.to(dtype).to(tl.float16).to(tl.float32)
     if WRONG == "rows touch":
         total += tl.sum(tl.sum(values * 0, axis=1), axis=0)
     return total
@@ -91,9 +88,7 @@ def turns(n, SUMMED: tl.constexpr, turns_a_part, WRONG: tl.constexpr):
 
 
 @triton.jit
-def load_values(
-    x, x_stride, row, n_rows, feature, n_features, WRONG: tl.constexpr
-):  # fmt: skip
+def load_values(x, x_stride, row, n_rows, feature, n_features, WRONG: tl.constexpr):
     if WRONG == "stride by width":
         x_stride = n_features
     inside = feature[None, :] < n_features
@@ -131,7 +126,7 @@ def matmul(
         feature = i * INS + tl.arange(0, INS)
         values = load_values(x, x_stride, row, n_rows, feature, d_in, WRONG)
         w = weights(q, out, feature, d_in, d_out, dtype, BLOCK_SIZE, NESTED, WRONG)
-        total = add(total, values, w.T, dtype, WRONG)
+        total = add(total, values, w.T, WRONG)
     store(y, total, row, n_rows, out, d_out, WRONG)
 
 
@@ -169,5 +164,5 @@ def gradient(
             w = weights(q, feature, out, d_out, d_in, dtype, BLOCK_SIZE, NESTED, WRONG).T
         else:
             w = weights(q, out, feature, d_in, d_out, dtype, BLOCK_SIZE, NESTED, WRONG)
-        total = add(total, cotangent, w, dtype, WRONG)
+        total = add(total, cotangent, w, WRONG)
     store(dx, total, row, n_rows, feature, d_in, WRONG)

@@ -14,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minift.conformance import common
+from minift.conformance.ball import Ball
 from minift.conformance.operation import Operation, arithmetic, rounded, storage
 from minift.quant import nf4
 from minift.quant.double_quant import DoubleQuantizedScales
@@ -105,7 +106,7 @@ def changes_nothing(f: Callable, case: Product) -> None:
 
 
 def multiplies_with_the_decoded_weights(f: Callable, case: Product) -> None:
-    """One row, three rows and all rows of the identity give those rows of Ŵᵀ, and in the gradient those of Ŵ."""
+    """One row, three rows and all rows (the last 70) of the identity give those rows of Ŵᵀ, and in the gradient those of Ŵ."""
     w = weights(case)
     same_weights(lambda rows: f(tensor(case), rows)[0], w.T, case, "x Ŵᵀ")
 
@@ -118,7 +119,7 @@ def multiplies_with_the_decoded_weights(f: Callable, case: Product) -> None:
 def same_weights(multiply: Callable, w: np.ndarray, case: Product, what: str) -> None:
     identity = np.eye(len(w), dtype=storage(case.dtype))
     last = len(w) - 1
-    for rows in ([last], [0, last // 2, last], list(range(len(w)))):
+    for rows in ([last], [0, last // 2, last], list(range(max(len(w) - 70, 0), len(w)))):
         found = multiply(identity[rows])
         different = np.argwhere(~(found == w[rows]))  # 0 and −0 are the same weight
         if len(different):
@@ -147,7 +148,7 @@ def a_row_alone_is_the_row_in_a_batch(f: Callable, case: Product) -> None:
     if len(case.rows) != 1 or case.rows[0] < 2:
         return
     x, dy = common.prepared([x, dy], case.dtype)
-    exact = oracle_of(case)(lambda a: common.Ball(a, arithmetic(case.dtype)), dy.astype(float), x.astype(float))
+    exact = oracle_of(case)(lambda a: Ball(a, arithmetic(case.dtype)), dy.astype(float), x.astype(float))
     apart = [2 * ball.stored(case.dtype).radius[-1:] for ball in exact[:2]]
     poisoned, dpoisoned = x.copy(), dy.copy()
     poisoned[:-1] = dpoisoned[:-1] = np.nan
