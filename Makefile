@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: finetune test test-all lint bench fuzz mutation clean
+.PHONY: finetune test test-all lint bench gpu bench-gpu fuzz mutation clean
 
 finetune: .venv/minift  ## the built-in model learns to answer questions, in about a minute
 	$(BIN)/minift finetune
@@ -21,6 +21,12 @@ lint: .venv/minift-test
 
 bench: .venv/minift-test  ## minift beside its peers on this machine; MODEL=file.gguf for training steps and generation
 	$(BIN)/python benchmarks/cpu.py $(if $(MODEL),--model $(MODEL))
+
+gpu:  ## on a machine with a GPU, in its own Python: every property in every type, 200 repeats, compute-sanitizer
+	PYTHONPATH=.:kernels:tests $(PYTHON) -m pytest -q tests/kernels/test_kernel_gpu.py
+
+bench-gpu:  ## there too: every kernel beside its peers and the machine's limits, as JSON
+	PYTHONPATH=.:kernels $(PYTHON) kernels/benchmarks/run.py
 
 fuzz: .venv/minift-test  ## every reader on damaged files: what became of them, as a table
 	MINIFT_FUZZ=$${MINIFT_FUZZ:-10} OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/io/test_fuzz.py

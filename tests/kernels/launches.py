@@ -111,6 +111,32 @@ def guarded(also=()):
         yield
 
 
+@contextmanager
+def repeated(times):
+    """On a GPU: every launch runs so often, and gives the same bits each time. A race shows as bits that change."""
+
+    def run(launch, device, before):
+        written, given = launch.arguments[: launch.outputs], launch.arguments[launch.outputs :]
+        first = None
+        for _ in range(times):
+            outputs = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device) for a in written]
+            for out, original in zip(outputs, written, strict=True):
+                if launch.in_place:
+                    out.copy_(original)
+                else:
+                    out.fill_(torch.nan if out.is_floating_point() else 113)
+            before(dataclasses.replace(launch, arguments=(*outputs, *given)), device)
+            found = [out.contiguous().view(torch.uint8) for out in outputs if out.numel()]
+            first = found if first is None else first
+            name = launch.kernel.fn.__name__
+            assert all(map(torch.equal, found, first)), f"{name}: other bits in one of {times} runs"
+        for target, out in zip(written, outputs, strict=True):
+            target.copy_(out)
+
+    with every_launch(run):
+        yield
+
+
 def between_canaries(output, keep):
     """(buffer, a view of it in the shape and strides of `output`), full of NaN or, if `keep`, of the same numbers."""
     extent = 1 + sum((n - 1) * s for n, s in zip(output.shape, output.stride(), strict=True)) if output.numel() else 0
