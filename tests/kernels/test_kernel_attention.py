@@ -1,4 +1,4 @@
-"""Attention in torch and Triton: the properties, guards around every launch, wrong versions, lists of tiles, the cache."""
+"""Attention in torch and Triton: the properties, guards around every launch, wrong versions, tiles, the cache."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from launches import guarded, last_program, replaced, sparse
 
 from minift.conformance import torch_functions
 from minift.conformance.operations import attention as laws
-from minift.conformance.operations.attention import FIXED, OPERATIONS, PROPERTIES, Heads
+from minift.conformance.operations.attention import FIXED, PROPERTIES, Heads
 from minift.nn import attention as reference
 from minift_kernels import aot, backend
 from minift_kernels.nn import attention
@@ -30,7 +30,7 @@ def small_tiles(monkeypatch):
     """Tiles of 16 × 16, so that few tokens have several of them."""
     kernels = backend.load(attention.KERNELS, "interpreter")
     for size in kernels.CONFIGURATIONS:
-        monkeypatch.setitem(kernels.CONFIGURATIONS, size, {name: (16, 16, 128, 1) for name in KERNELS})
+        monkeypatch.setitem(kernels.CONFIGURATIONS, size, dict.fromkeys(KERNELS, (16, 16, 128, 1)))
 
 
 def implementation(how):
@@ -135,7 +135,7 @@ def test_a_causal_text_costs_half():
 
 
 def test_tiles_are_made_once_for_all_layers(small_tiles):
-    dy, q, k, v, visible = fresh(QUICK[0])
+    _, q, k, v, visible = fresh(QUICK[0])
     tiles = attention.tile_map(visible, q.shape[-1], q.dtype, backend="interpreter")
     given, made = (attention.attention(q, k, v, visible, tiles=t, backend="interpreter") for t in (tiles, None))
     assert torch.equal(given, made)
@@ -144,6 +144,11 @@ def test_tiles_are_made_once_for_all_layers(small_tiles):
         attention.attention(q, k[:, :, 1:], v[:, :, 1:], visible[:, :, 1:], tiles=tiles, backend="interpreter")
     shared = attention.tile_map(visible.expand(5, -1, -1), 64, q.dtype, backend="interpreter")
     assert shared.by_query.shape[0] == 1, "one list for sequences that share a mask"
+
+
+def test_float64_has_no_tiles():
+    with pytest.raises(ValueError, match="dtype: torch.float64 has no kernel, needed at most 32 bits: use"):
+        attention.tile_map(torch.ones(1, 1, 1, dtype=torch.bool), 64, torch.float64, backend="interpreter")
 
 
 def test_generation_takes_small_tiles():
@@ -155,7 +160,10 @@ def test_generation_takes_small_tiles():
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_no_keys_and_no_queries(tokens, small_tiles):
-    q, k = torch.randn(1, 2, tokens, 4, requires_grad=True), torch.randn(1, 1, 0 if tokens else 5, 4, requires_grad=True)
+    q, k = (
+        torch.randn(1, 2, tokens, 4, requires_grad=True),
+        torch.randn(1, 1, 0 if tokens else 5, 4, requires_grad=True),
+    )
     visible = torch.ones(1, tokens, k.shape[2], dtype=torch.bool)
     with guarded():
         y = attention.attention(q, k, k, visible, backend="interpreter")
@@ -164,10 +172,6 @@ def test_no_keys_and_no_queries(tokens, small_tiles):
 
 
 # --- what no case of a usual size shows -------------------------------------------------------------------------------
-
-
-def far_case(tokens, keys, heads, d=64):
-    return [sparse((1, heads, n, d), torch.float16) for n in (tokens, tokens, keys, keys)]
 
 
 def test_offsets_of_rows_have_64_bits():
@@ -225,7 +229,7 @@ def test_offsets_of_heads_have_64_bits():
 
 
 def test_opcheck(small_tiles):
-    dy, q, k, v, visible = fresh(Heads(1, 2, 1, 3, 4, 3))
+    _, q, k, v, visible = fresh(Heads(1, 2, 1, 3, 4, 3))
     tiles = attention.tile_map(visible, 3, q.dtype, backend="interpreter")
     learning = [x.requires_grad_() for x in (q, k, v)]
     args = (visible, tiles.by_query, tiles.by_key, tiles.sizes, "interpreter")
@@ -235,14 +239,16 @@ def test_opcheck(small_tiles):
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 64), (torch.bfloat16, 128)], ids=str)
 def test_compiles(target, dtype, d, monkeypatch):
-    """For tensor cores, in words of 16 bytes, with nothing spilled, and tiles that fit into shared memory. Results, which
-    are stored once, go in words of 8 bytes on AMD's: as many as a lane has neighbors of, after a product."""
+    """For tensor cores, in words of 16 bytes, with nothing spilled, and tiles that fit into shared memory. Results,
+    which are stored once, go in words of 8 bytes on AMD's: as many neighbors has a lane after a product."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if target == "gfx942" else None)  # half as many warps
     limit = {"sm_80": 163, "sm_90": 227, "gfx942": 64}[target] * 1024
     for launch in launches(dtype, d):
         found = aot.compile_launch(launch, target)
         name = launch.kernel.fn.__name__
-        print(f"{name} {target} {dtype} {d}: {found.registers} registers, {found.shared} bytes, {found.spilled} spilled")
+        print(
+            f"{name} {target} {dtype} {d}: {found.registers} registers, {found.shared} bytes, {found.spilled} spilled"
+        )
         assert found.count({"sm_80": r"mma\.", "sm_90": r"wgmma\.mma", "gfx942": "v_mfma"}[target])
         assert found.spilled == 0 and found.shared <= limit
         assert max(found.widths("load")) == 128
@@ -296,4 +302,6 @@ def test_cache_is_the_references():
     with pytest.raises(ValueError, match="the cache has 9 slots, 10 are needed"):
         ours.write(0, k[:, :, :1].expand(-1, -1, 3, -1), v[:, :, :1].expand(-1, -1, 3, -1))
     assert torch.equal(ours.keys, before)
-    assert repr(ours).startswith("KVCache(layers=2, batch=3, kv_heads=2, capacity=9, head_dim=4") and "keys" not in repr(ours)
+    assert repr(ours).startswith(
+        "KVCache(layers=2, batch=3, kv_heads=2, capacity=9, head_dim=4"
+    ) and "keys" not in repr(ours)

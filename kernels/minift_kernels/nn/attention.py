@@ -50,7 +50,7 @@ def attention(
 ) -> Float[Tensor, "batch heads tokens d"]:
     """y = softmax(q kᵀ / √d where visible, else −∞) v; zeros for a token that sees nothing.
 
-    `tiles`: what `tile_map` made of this `visible`, made here if not given. ValueError if it is of another mask's shape.
+    `tiles`: what `tile_map` made of this `visible`, made here if not given. ValueError if it is of another shape.
     """
     how = backends.choose(backend, q.device, q.dtype)
     if how == "torch":
@@ -101,10 +101,13 @@ def tile_map(
 ) -> Tiles | None:
     """Which tiles of queries and keys are visible as a whole, and which in part: once a mask, for all layers.
 
-    None for plain PyTorch, which needs no such thing. Tile sizes depend on the number of features and on their type."""
+    None for plain PyTorch, which needs no such thing. Tile sizes depend on the number of features and on their type.
+    ValueError for float64, for which there are none."""
     how = backends.choose(backend, visible.device, dtype)
     if how == "torch":
         return None
+    if dtype.itemsize > 4:
+        raise ValueError(f"dtype: {dtype} has no kernel, needed at most 32 bits: use backend='torch'")
     table = backends.load(KERNELS, how)
     found = table.configuration(dtype.itemsize, _block(head_dim))
     (queries, keys), (keys_owned, queries_a_step) = found["forward"][:2], found["backward_kv"][:2]
@@ -135,7 +138,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator `minift::attention`: y, and L of equation (2) of every query and head."""
     y, lse = _like_forward(q)
-    forward_launch(y, lse, *map(_neighbors, (q, k, v, visible)), by_query, sizes, backend).run(q.device)
+    q, k, v, visible = map(_neighbors, (q, k, v, visible))
+    forward_launch(y, lse, q, k, v, visible, by_query, sizes, backend).run(q.device)
     return y, lse
 
 

@@ -43,8 +43,8 @@ def frequencies(
 def rotations(
     positions: Integer[Tensor, "*rows"], omega: Float[Tensor, " half"], dtype: torch.dtype = torch.float32
 ) -> tuple[Float[Tensor, "*rows half"], Float[Tensor, "*rows half"]]:
-    """cos φ and sin φ of φ = mω, on the positions' device. The angle is formed in float64: in float32 it is off by 0.008
-    at position 131,071. The kernels take float32 angles for 16-bit x too."""
+    """cos φ and sin φ of φ = mω, on the positions' device. The angle is formed in float64: in float32 it is off by
+    0.008 at position 131,071. The kernels take float32 angles for 16-bit x too."""
     phi = positions[..., None] * omega.to(positions.device, torch.float64)
     return phi.cos().to(dtype), phi.sin().to(dtype)
 

@@ -25,8 +25,8 @@ def turn(
     y, x, cos, sin, y_strides, x_strides, angle_strides, heads, tokens, head_tiles, token_tiles, sign,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Equation (1), with `sign` before the angle. Strides are of batch, head and token, of the angles of batch and token;
-    BLOCK is HALF rounded up to a power of two."""
+    """Equation (1), with `sign` before the angle. Strides are of batch, head and token; of the angles, of batch and
+    token. BLOCK is HALF rounded up to a power of two."""
     program = tl.program_id(0)
     first_head = (program % head_tiles).to(tl.int64) * HEADS
     first_token = (program // head_tiles % token_tiles).to(tl.int64) * TOKENS

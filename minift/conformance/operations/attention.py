@@ -81,7 +81,7 @@ def what_nobody_sees_changes_no_bit(f, case):
     """Huge keys and values that are hidden, the last one among them; their own cotangents are exactly zero."""
     dy, q, k, v, visible = arrays(case)
     visible[:, :, -1:] = False
-    hidden = ~visible.any(axis=1)[:, None, :, None]  # (batch, 1, keys, 1): seen by no query
+    hidden = ~np.any(visible, axis=1, keepdims=True).reshape(case.batch, 1, case.keys, 1)  # seen by no query
     y, vjp = f(q, k, v, visible)
     huge = 3e4 if case.dtype == "float16" else 1e9
     y_huge, vjp_huge = f(q, *(np.where(hidden, x.dtype.type(huge), x) for x in (k, v)), visible)
@@ -96,7 +96,7 @@ def what_sees_nothing_gets_nothing(f, case):
     """y and dq of such a token are zero, and its cotangent, however large, reaches nobody."""
     dy, q, k, v, visible = arrays(case)
     visible[:, case.tokens // 2 :: 3] = False
-    blind = np.broadcast_to(~visible.any(-1)[:, None, :, None], q.shape)
+    blind = np.broadcast_to(~np.any(visible, axis=-1, keepdims=True)[:, None], q.shape)
     y, vjp = f(q, k, v, visible)
     assert not y[blind].any(), "y of a token that sees nothing is not zero"
     loud = np.where(blind, dy.dtype.type(100), dy)
@@ -122,7 +122,8 @@ def four_times_the_features_are_twice_the_scores(f, case):
     wide = [np.concatenate([x, x, x, x], axis=-1) for x in (dy, q, k, v)]
     y, _ = f(2 * q, k, v, visible)
     found, _ = f(*wide[1:], visible)
-    radius = allowed(case.dtype, dy, 2 * q, k, v, visible)[0] + allowed(case.dtype, *wide, visible)[0][..., : case.d]
+    wider = allowed(case.dtype, wide[0], wide[1], wide[2], wide[3], visible)
+    radius = allowed(case.dtype, dy, 2 * q, k, v, visible)[0] + wider[0][..., : case.d]
     assert _near(found[..., : case.d], y, radius), "1/√d is not what it should be"
 
 
@@ -163,7 +164,7 @@ def linear_in_the_values(f, case):
     times4, normal = f(q, k, 4 * v, visible)[0], np.abs(y) > 1e-3  # subnormal float16 numbers round elsewhere
     assert np.array_equal(times4[normal], 4 * y[normal]), "y of 4 v is not 4 y"
     v = np.round(v * 64).astype(v.dtype) / v.dtype.type(64)
-    some = visible.any(-1)[:, None, :, None]
+    some = np.any(visible, axis=-1, keepdims=True)[:, None]
     radius = sum(allowed(case.dtype, dy, q, k, x, visible)[0] for x in (v, v + 3))
     found = f(q, k, v + 3, visible)[0].astype(np.float64)
     assert _near(found, f(q, k, v, visible)[0].astype(np.float64) + 3 * some, radius), "y of v + 3 is not y + 3"
@@ -193,7 +194,8 @@ def shared_heads_are_repeated_heads(f, case):
         return x.reshape(case.batch, case.kv_heads, group, *x.shape[2:]).sum(2, dtype=np.float64)
 
     dq, *others = other_vjp(dy)
-    radii, more = (allowed(case.dtype, dy, q, *kv, visible) for kv in ((k, v), repeated))
+    radii = allowed(case.dtype, dy, q, k, v, visible)
+    more = allowed(case.dtype, dy, q, repeated[0], repeated[1], visible)
     more = (*more[:2], *map(folded, more[2:]))
     pairs = zip((other, dq, *map(folded, others)), (y, *vjp(dy)), radii, more, strict=True)
     for name, (a, b, r1, r2) in zip(("y", "dq", "dk", "dv"), pairs, strict=True):
