@@ -30,7 +30,9 @@ MATVEC_KERNELS = "minift_kernels.quant.nf4_matvec_kernels"
 MATVEC_ROWS = 2  # with more, tensor cores need fewer instructions: step 4 of nf4_matvec_kernels
 MATMUL_ROWS = 1024
 
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # codes, then scales as `dequantize` has them
+Parts = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
+]  # codes, then scales as `dequantize` has them
 Tile = tuple[int, int, int, int, int]
 
 

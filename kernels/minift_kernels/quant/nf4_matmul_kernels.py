@@ -140,8 +140,8 @@ def matmul_1(
 # 2. Tensor cores: a tile of rows meets a tile of decoded weights.
 #
 # A weight is decoded once for ROWS rows, and multiplied by tensor cores. Predicted: with 128 rows, several times as fast
-# as step 1, and yet slow: a weight's own number, its parity, byte, scale, look-up, product and rounding are more than
-# twenty instructions, where the tensor cores leave time for eight.
+# as step 1, and yet slow: a weight's own number, its parity, byte, scale, look-up, product and rounding are 17.4
+# instructions (counted in the loop for sm_90, as below), where the tensor cores leave time for eight.
 
 
 @triton.jit
@@ -166,8 +166,8 @@ def matmul_2(
 #
 # The tile is cut into pieces that lie in one row and one block: a row of the tile has PER of them, of WIDTH weights. A
 # piece has one scale, and its bytes are neighbors: a lane loads 16 bytes, 32 weights, from one address. `join` brings
-# the nibbles of a byte side by side again. Predicted: for a weight a shift or mask, an address, a look-up, a product and
-# half a rounding are left, nine instructions or so: twice step 2 and better.
+# the nibbles of a byte side by side again. For a weight a shift or mask, an address, a look-up, a product and half a
+# rounding are left: counted, 9.4 instructions. Predicted: nearly twice step 2.
 
 
 @triton.jit
@@ -199,9 +199,7 @@ def matmul_3(
     total = tl.zeros((ROWS, OUTS), tl.float32)
     start = tl.program_id(1) * turns_a_part
     for i in range(start, tl.minimum(start + turns_a_part, tl.cdiv(d_in, INS))):
-        byte, scale = load_pieces(
-            q, out, i * INS, d_in, d_out, row_bytes, row_blocks, BLOCK_SIZE, NESTED, OUTS, INS
-        )
+        byte, scale = load_pieces(q, out, i * INS, d_in, d_out, row_bytes, row_blocks, BLOCK_SIZE, NESTED, OUTS, INS)
         high = (tl.load(table + (byte >> 4)) * scale).to(x.dtype.element_ty)
         low = (tl.load(table + (byte & 15)) * scale).to(x.dtype.element_ty)
         w = tl.join(high, low).reshape(OUTS, INS)
@@ -213,9 +211,9 @@ def matmul_3(
 # 4. Even and odd features apart.
 #
 # A sum has no order: high nibbles are the weights of even features, low ones those of odd features. So two products of
-# half the length will do, if x is split instead of w joined. Predicted: nothing gained, a step aside. In w it saves
-# nothing, as `join` is only which register holds what; but x, which was copied to shared memory for the tensor cores,
-# now passes through registers to be split.
+# half the length will do, if x is split instead of w joined. Predicted: nothing gained, a step aside (counted, 10.2). In w
+# it saves nothing, as `join` is only which register holds what; but x, which was copied to shared memory for the tensor
+# cores, now takes a detour to be split.
 
 
 @triton.jit
@@ -230,9 +228,7 @@ def matmul_4(
     total = tl.zeros((ROWS, OUTS), tl.float32)
     start = tl.program_id(1) * turns_a_part
     for i in range(start, tl.minimum(start + turns_a_part, tl.cdiv(d_in, INS))):
-        byte, scale = load_pieces(
-            q, out, i * INS, d_in, d_out, row_bytes, row_blocks, BLOCK_SIZE, NESTED, OUTS, INS
-        )
+        byte, scale = load_pieces(q, out, i * INS, d_in, d_out, row_bytes, row_blocks, BLOCK_SIZE, NESTED, OUTS, INS)
         high = (tl.load(table + (byte >> 4)) * scale).to(x.dtype.element_ty).reshape(OUTS, INS // 2)
         low = (tl.load(table + (byte & 15)) * scale).to(x.dtype.element_ty).reshape(OUTS, INS // 2)
         values = load_x(x, x_stride, row, i * INS, n_rows, d_in, ROWS, INS)
@@ -245,10 +241,11 @@ def matmul_4(
 # 5. Sixteen weights a block.
 #
 # A block has one scale, and so no more than sixteen different weights: let them be scaled and rounded once and then be
-# chosen from. The sixteen lie in lanes of the warp that holds the piece; `gather` fetches one with a shuffle. Predicted:
-# no look-up in memory and no address for it, 16 products and roundings a block instead of 64: a shift or mask, an `or`
-# and a shuffle, four instructions a weight or so, half of step 3. Shuffles go at half the rate of others, and still need
-# only 256 of the 512 clocks.
+# chosen from. The sixteen lie in lanes of the warp that holds the piece; `gather` fetches one with a shuffle: no look-up
+# in memory, no address for it, 16 products and roundings a block instead of 64. Predicted: nothing by itself (counted,
+# 10.5), as codes take a detour through shared memory to the lanes that hold the sixteen. It pays in step 7, which brings
+# them through shared memory anyway. Step 3 could not go there: in a loop with loads on their way early, Triton turns each
+# look-up into an asynchronous copy of 4 bytes.
 
 
 @triton.jit
@@ -304,7 +301,10 @@ def matmul_5(
 # tile of rows in common: with 14336 outputs, 1 tile of x (128 × 2 bytes a feature) and 112 of codes (128 × 0.56), 65
 # units. With GROUP tiles of rows side by side they need 8 of x and 17 of codes: 26. And with num_stages above 1 the loop
 # asks for its bytes and its x one or two turns ahead, by asynchronous copies to shared memory. Predicted: the second
-# gains most of all steps, as until now every turn waits for memory; the first gains once x is large.
+# gains most of all steps, as until now every turn waits for memory; the first gains once x is large. Counted: 8.1
+# instructions (10.4 with double-quantized scales), in the 512 clocks that have room for eight: half the rate of a plain
+# product at worst, if nothing of it is hidden. Tiles of 256 × 128 halve that share, on an H100 only: an A100 has too few
+# registers for them, an MI300 too little shared memory.
 
 GROUP = tl.constexpr(8)
 

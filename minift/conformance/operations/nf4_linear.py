@@ -52,7 +52,9 @@ def tensor(case: Product) -> NF4Tensor:
     nested = rng.uniform(0.3, 2, -(-blocks // case.nested)).astype(np.float32)
     offset = np.float32(0.1 if case.kind == "wide" else 1.1)
     scale_codes = rng.integers(0, 256, blocks).astype(np.uint8)
-    return NF4Tensor(packed, DoubleQuantizedScales(scale_codes, nested, offset, case.nested), case.shape, case.block_size)
+    return NF4Tensor(
+        packed, DoubleQuantizedScales(scale_codes, nested, offset, case.nested), case.shape, case.block_size
+    )
 
 
 def weights(case: Product) -> np.ndarray:
