@@ -18,6 +18,7 @@ from wrong_kernels import wrong_batched
 
 BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
+LAWS = (FIXED[0], FIXED[1], FIXED[6])  # of all, for the properties that run a kernel many times
 QUICK = [
     Batch((2, -1, 0, 2, 0, 2), (3, 1, 5)),
     Batch((1, 0, 1), (2, 3), 70, 3),
@@ -46,7 +47,7 @@ def implementation(how):
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda p: p.__name__)
 def test_properties(prop, how):
     with guarded():
-        for case in FIXED if prop is operation.is_within_its_bound or how == "torch" else FIXED[::2]:
+        for case in FIXED if prop is operation.is_within_its_bound or how == "torch" else LAWS:
             if case.dtype in BACKENDS[how]:
                 prop(implementation(how), case)
 
@@ -125,7 +126,7 @@ def test_offsets_have_64_bits():
     x[-2:], A[-1], scaling[-1] = torch.randn(2, d).half(), torch.randn(r, d).half(), 1.75
     tiles = torch.tensor([[n // 2 - 1], [0], [2]])
     with last_program():
-        batched.down_launch(h, x, A, scaling, order, tiles, "interpreter").run(CPU)
+        batched.down_launch(h[None], x, A, scaling, order, tiles, "interpreter").run(CPU)
         batched.up_launch(y, x, h, A.mT, order, tiles, "interpreter").run(CPU)
     near = torch.tensor([0, 1]), torch.tensor([[0], [0], [2]])
     wanted = batched._down(x[-2:], A[-1:], scaling[-1:], *near, "interpreter")
@@ -149,7 +150,7 @@ COPIES = r"cp\.async\.cg\.shared\.global .*, 0x10"  # 16 bytes from global to sh
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_compiles(target, dtype):
     """For rows of 4,096 and 64 adapters in float32: tensor cores, words of 16 bytes, nothing spilled, 64 KB shared."""
     empty = functools.partial(torch.empty, device="meta")
@@ -157,7 +158,7 @@ def test_compiles(target, dtype):
     A, B, scaling = empty(64, 32, 4096), empty(64, 4096, 32), empty(64)
     order, tiles, starts = empty(256, dtype=integers), empty(3, 80, dtype=integers), empty(65, dtype=integers)
     for launch in (
-        batched.down_launch(h, x, A, scaling, order, tiles, "triton"),
+        batched.down_launch(h[None], x, A, scaling, order, tiles, "triton"),
         batched.up_launch(x, x, h, B, order, tiles, "triton"),
         batched.outer_launch(A, h, x, order, starts, "triton"),
     ):

@@ -20,6 +20,7 @@ from wrong_kernels import wrong_lora
 
 BACKENDS = {"torch": ("float32", "float64", "float16"), "interpreter": ("float32", "float16")}
 CPU = torch.device("cpu")
+LAWS = (FIXED[0], FIXED[1], FIXED[5])  # of all, for the properties that run a kernel many times
 SMALL = Layer((5,), 9, 6, 3, 0.25)
 QUICK = [
     SMALL,
@@ -53,7 +54,7 @@ def over_nf4(how, nested):
 @pytest.mark.parametrize("prop", PROPERTIES, ids=lambda p: p.__name__)
 def test_properties(prop, how, few_programs):
     with guarded():
-        for case in FIXED if prop is operation.is_within_its_bound or how == "torch" else FIXED[::2]:
+        for case in FIXED if prop is operation.is_within_its_bound or how == "torch" else LAWS:
             if case.dtype in BACKENDS[how]:
                 prop(implementation(how), case)
 
@@ -150,7 +151,7 @@ def test_offsets_and_counters_have_64_bits():
     keep = torch.from_numpy(uniform(KEY, np.arange((n - 3) * d, n * d, dtype=np.uint64)) > np.float32(0.5)).view(3, d)
     key = lora._signed(KEY)
     with last_program():
-        lora.down_launch(h, x, A, 1.75, 0.5, key, "interpreter").run(CPU)
+        lora.down_launch(h[None], x, A, 1.75, 0.5, key, "interpreter").run(CPU)
     near = lora._down(x[-3:] * keep, A, 1.75, 0.0, 0, "interpreter")
     assert torch.equal(h[-3:], near) and near.any() and not h[:3].any()
     with last_program():
@@ -185,7 +186,7 @@ def test_compiles(target, dtype, r, p):
     x, h = empty(8192, 4096, dtype=dtype), empty(8192, r, dtype=dtype)
     A, B, dropout = empty(r, 4096), empty(4096, r), (1.75, p, 1 << 40, "triton")
     for launch in (
-        lora.down_launch(h, x, A, *dropout),
+        lora.down_launch(h[None], x, A, *dropout),
         lora.up_launch(x, x, h, A.T, *dropout) if p else lora.up_launch(x, x, h, B, *dropout),
         lora.outer_launch(empty(8, r, 4096), h, x, *dropout),
     ):

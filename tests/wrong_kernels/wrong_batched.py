@@ -49,7 +49,8 @@ def tile_rows(order, tiles, n_tiles, ROWS: tl.constexpr, WRONG: tl.constexpr):
 
 @triton.jit
 def down(
-    h, x, A, scaling, order, tiles, x_stride, adapter_stride, rank_stride, feature_stride, n_tiles, n_features, r,
+    h, x, A, scaling, order, tiles, x_stride, adapter_stride, rank_stride, feature_stride, n_tiles, n_rows, n_features,
+    r, features_a_part,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr, WRONG: tl.constexpr,
 ):  # fmt: skip
     adapter, row, filled = tile_rows(order, tiles, n_tiles, ROWS, WRONG)
@@ -59,17 +60,18 @@ def down(
     taken = adapter
     if WRONG == "neighbor's adapter":
         taken = tl.maximum(adapter - 1, 0)
-    end = n_features
+    start = tl.program_id(2) * features_a_part
+    end = tl.minimum(start + features_a_part, n_features)
     if WRONG == "last features forgotten":
-        end = n_features // FEATURES * FEATURES
+        end = end // FEATURES * FEATURES
     if WRONG == "last segment lost":
         end = tl.where(adapter == largest, 0, end)
     if adapter >= 0:
-        for first in range(0, end, FEATURES):
+        for first in range(start, end, FEATURES):
             feature = first + tl.arange(0, FEATURES)
-            inside = filled[:, None] & (feature < n_features)[None, :]
+            inside = filled[:, None] & (feature < end)[None, :]
             values = tl.load(x + row[:, None] * x_stride + feature[None, :], mask=inside, other=0)
-            inside = (feature < n_features)[:, None] & (rank < r)[None, :]
+            inside = (feature < end)[:, None] & (rank < r)[None, :]
             at = taken * adapter_stride + rank[None, :] * rank_stride + feature[:, None] * feature_stride
             matrix = tl.load(A + at, mask=inside, other=0).to(values.dtype)
             total += tl.dot(values, matrix, input_precision="ieee")
@@ -80,6 +82,7 @@ def down(
         if WRONG != "scale forgotten":
             total *= tl.load(scaling + adapter).to(tl.float32)
     inside = filled[:, None] & (rank < r)[None, :]
+    row += tl.program_id(2).to(tl.int64) * n_rows
     tl.store(h + row[:, None] * r + rank[None, :], total.to(h.dtype.element_ty), mask=inside)
 
 

@@ -17,6 +17,7 @@ DOWN = (
     "row by width",  # n_features instead of the stride
     "padding not masked",  # features beyond the row
     "last features forgotten",  # where FEATURES does not divide the row
+    "overlapping parts",  # a feature belongs to two shares
     "float16 sums",
 )
 UP = (
@@ -62,7 +63,7 @@ def keeps(row, feature, n_rows, n_features, p, key, WRONG: tl.constexpr):
 
 @triton.jit
 def down(
-    h, x, A, x_stride, rank_stride, feature_stride, n_rows, n_features, r, scale, p, key,
+    h, x, A, x_stride, rank_stride, feature_stride, n_rows, n_features, r, features_a_part, scale, p, key,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr, WRONG: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -70,18 +71,21 @@ def down(
     total = tl.zeros((ROWS, RANKS), tl.float32)
     if WRONG == "row by width":
         x_stride = n_features
-    end = n_features
+    start = tl.program_id(2) * features_a_part
+    end = tl.minimum(start + features_a_part, n_features)
     if WRONG == "last features forgotten":
-        end = n_features // FEATURES * FEATURES
-    for first in range(0, end, FEATURES):
+        end = end // FEATURES * FEATURES
+    if WRONG == "overlapping parts":
+        end = tl.minimum(end + 1, n_features)
+    for first in range(start, end, FEATURES):
         feature = first + tl.arange(0, FEATURES)
-        inside = (row < n_rows)[:, None] & (feature < n_features)[None, :]
+        inside = (row < n_rows)[:, None] & (feature < end)[None, :]
         if WRONG == "padding not masked":
-            inside = (row < n_rows)[:, None] & (feature < n_features + 1)[None, :]
+            inside = (row < n_rows)[:, None] & (feature < end + 1)[None, :]
         values = tl.load(x + row[:, None] * x_stride + feature[None, :], mask=inside, other=0)
         if DROPOUT:
             values = tl.where(keeps(row, feature, n_rows, n_features, p, key, WRONG), values, 0).to(values.dtype)
-        inside = (feature < n_features)[:, None] & (rank < r)[None, :]
+        inside = (feature < end)[:, None] & (rank < r)[None, :]
         at = rank[None, :] * rank_stride + feature[:, None] * feature_stride
         matrix = tl.load(A + at, mask=inside, other=0).to(values.dtype)
         total += tl.dot(values, matrix, input_precision="ieee")
@@ -94,6 +98,7 @@ def down(
     if WRONG == "scale forgotten":
         scale = 1.0
     inside = (row < n_rows)[:, None] & (rank < r)[None, :]
+    row += tl.program_id(2).to(tl.int64) * n_rows
     tl.store(h + row[:, None] * r + rank[None, :], (total * scale).to(h.dtype.element_ty), mask=inside)
 
 

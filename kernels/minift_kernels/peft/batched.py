@@ -168,18 +168,29 @@ def _tile(kernels, table: dict, x: Tensor, r: int) -> dict[str, int]:
 
 def _run_down(x: Tensor, A: Tensor, scaling: Tensor, order: Tensor, tiles: Tensor, backend: str) -> Tensor:
     """The operator `minift::batched_down`: s_a x_i A_aᵀ, (..., r) in the type of x."""
-    h = x.new_empty(*x.shape[:-1], A.shape[1])
-    down_launch(rows(h), rows(x), A, scaling.contiguous(), order, tiles, backend).run(x.device)
-    return h
-
-
-def down_launch(h: Tensor, x: Tensor, A: Tensor, scaling: Tensor, order: Tensor, tiles: Tensor, backend: str) -> Launch:
-    """The first product of (1) in `batched_kernels`; x is a matrix of rows whose elements are neighbors."""
+    matrix, r = rows(x), A.shape[1]
     kernels = backends.load(KERNELS, backend)
-    n_features, r, n_tiles = x.shape[1], A.shape[1], tiles.shape[1]
     options = _tile(kernels, kernels.DOWN, x, r)
-    arguments = (h, x, A, scaling, order, tiles, x.stride(0), *A.stride(), n_tiles, n_features, r)
-    return Launch(kernels.down, (n_tiles, -(-r // options["RANKS"])), arguments, options)
+    blocks = tiles.shape[1] * -(-r // options["RANKS"])
+    shares = max(min(kernels.PROGRAMS // blocks, -(-matrix.shape[1] // options["FEATURES"])), 1)
+    parts = x.new_empty(shares, len(matrix), r, dtype=x.dtype if shares == 1 else torch.float32)
+    down_launch(parts, matrix, A, scaling.contiguous(), order, tiles, backend).run(x.device)
+    h = parts[0] if shares == 1 else parts.sum(dim=0).to(x.dtype)
+    return h.view(*x.shape[:-1], r)
+
+
+def down_launch(
+    parts: Tensor, x: Tensor, A: Tensor, scaling: Tensor, order: Tensor, tiles: Tensor, backend: str
+) -> Launch:
+    """The first product of (1) in `batched_kernels`, a share of the features for each matrix of `parts`; x is a matrix
+    of rows whose elements are neighbors."""
+    kernels = backends.load(KERNELS, backend)
+    (n_rows, n_features), r, n_tiles = x.shape, A.shape[1], tiles.shape[1]
+    options = _tile(kernels, kernels.DOWN, x, r)
+    turns = -(-n_features // options["FEATURES"])
+    sizes = n_tiles, n_rows, n_features, r, -(-turns // len(parts)) * options["FEATURES"]
+    arguments = (parts, x, A, scaling, order, tiles, x.stride(0), *A.stride(), *sizes)
+    return Launch(kernels.down, (n_tiles, -(-r // options["RANKS"]), len(parts)), arguments, options)
 
 
 def _run_up(base: Tensor, h: Tensor, B: Tensor, order: Tensor, tiles: Tensor, backend: str) -> Tensor:

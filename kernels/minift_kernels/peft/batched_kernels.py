@@ -17,9 +17,10 @@ reading the adapters, each once: 4 r (in + out) bytes in float32, 1 MB for r = 3
 row needs no tensor core, but nothing is lost by multiplying 15 rows of zeros beside it, as long as memory is what all
 wait for.
 
-**Gradients without atomics.** A program of `outer` has an adapter and a range of columns to itself, and goes through
-all rows of the segment in order. For few adapters and many rows that leaves multiprocessors idle; training one adapter
-is what `lora_kernels` is for.
+**Sums without atomics.** Where there are few tiles, `down` splits its sum over features into shares, each with a place
+of its own, and they are added in order. A program of `outer` has an adapter and a range of columns to itself, and goes
+through all rows of the segment in order. For few adapters and many rows that leaves multiprocessors idle; training one
+adapter is what `lora_kernels` is for.
 
 Sums are in float32. A (n, r, features) and B (n, features, r) may have any strides, so that each serves as the other;
 they take the type of what they are multiplied with.
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 
 ROWS = 16  # of a tile: the least that a tensor core multiplies
+PROGRAMS = 256  # so many, about two a multiprocessor, are made by splitting a sum over features where there are fewer
 # (FEATURES, num_warps, num_stages) by the bytes of an element of x
 DOWN = {2: (128, 4, 3), 4: (64, 4, 2)}
 UP = {2: (128, 4, 1), 4: (64, 4, 1)}
@@ -47,24 +49,29 @@ def tile_rows(order, tiles, n_tiles, ROWS: tl.constexpr):
 
 @triton.jit
 def down(
-    h, x, A, scaling, order, tiles, x_stride, adapter_stride, rank_stride, feature_stride, n_tiles, n_features, r,
+    h, x, A, scaling, order, tiles, x_stride, adapter_stride, rank_stride, feature_stride, n_tiles, n_rows, n_features,
+    r, features_a_part,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """h_i = s_a x_i A_aᵀ of (1) for one tile, zero for rows without an adapter; h is contiguous."""
+    """s_a x_i A_aᵀ of (1) for one tile and a share of the features, zero for rows without an adapter; h (parts, n_rows,
+    r) is contiguous."""
     adapter, row, filled = tile_rows(order, tiles, n_tiles, ROWS)
     rank = tl.program_id(1).to(tl.int64) * RANKS + tl.arange(0, RANKS)
     total = tl.zeros((ROWS, RANKS), tl.float32)
     if adapter >= 0:
-        for first in range(0, n_features, FEATURES):
+        start = tl.program_id(2) * features_a_part
+        end = tl.minimum(start + features_a_part, n_features)
+        for first in range(start, end, FEATURES):
             feature = first + tl.arange(0, FEATURES)
-            inside = filled[:, None] & (feature < n_features)[None, :]
+            inside = filled[:, None] & (feature < end)[None, :]
             values = tl.load(x + row[:, None] * x_stride + feature[None, :], mask=inside, other=0)
-            inside = (feature < n_features)[:, None] & (rank < r)[None, :]
+            inside = (feature < end)[:, None] & (rank < r)[None, :]
             at = adapter * adapter_stride + rank[None, :] * rank_stride + feature[:, None] * feature_stride
             matrix = tl.load(A + at, mask=inside, other=0).to(values.dtype)
             total += tl.dot(values, matrix, input_precision="ieee")
         total *= tl.load(scaling + adapter).to(tl.float32)
     inside = filled[:, None] & (rank < r)[None, :]
+    row += tl.program_id(2).to(tl.int64) * n_rows
     tl.store(h + row[:, None] * r + rank[None, :], total.to(h.dtype.element_ty), mask=inside)
 
 

@@ -148,20 +148,27 @@ def _tile(table: dict, x: Tensor, r: int, dropout: bool, widest: int) -> dict[st
 
 def _run_down(x: Tensor, A: Tensor, factor: float, p: float, key: int, backend: str) -> Tensor:
     """The operator `minift::lora_down`: factor · (m x) Aᵀ, (..., r) in the type of x, for x (..., d) and A (r, d)."""
-    h = x.new_empty(*x.shape[:-1], len(A))
-    down_launch(rows(h), rows(x), A, factor, p, key, backend).run(x.device)
-    return h
+    matrix, r = rows(x), len(A)
+    kernels = backends.load(KERNELS, backend)
+    options = _tile(kernels.DOWN, x, r, p > 0, kernels.RANKS)
+    blocks = -(-len(matrix) // options["ROWS"]) * -(-r // options["RANKS"])
+    shares = max(min(kernels.PROGRAMS // max(blocks, 1), -(-matrix.shape[1] // options["FEATURES"])), 1)
+    parts = x.new_empty(shares, len(matrix), r, dtype=x.dtype if shares == 1 else torch.float32)
+    down_launch(parts, matrix, A, factor, p, key, backend).run(x.device)
+    h = parts[0] if shares == 1 else parts.sum(dim=0).to(x.dtype)
+    return h.view(*x.shape[:-1], r)
 
 
-def down_launch(h: Tensor, x: Tensor, A: Tensor, factor: float, p: float, key: int, backend: str) -> Launch:
-    """Kind (3) of `lora_kernels`; x is a matrix of rows whose elements are neighbors, h contiguous."""
+def down_launch(parts: Tensor, x: Tensor, A: Tensor, factor: float, p: float, key: int, backend: str) -> Launch:
+    """Kind (3) of `lora_kernels`, a share of the features for each matrix of `parts`; x's rows have neighbors."""
     kernels = backends.load(KERNELS, backend)
     (n_rows, n_features), r = x.shape, len(A)
     options = _tile(kernels.DOWN, x, r, p > 0, kernels.RANKS)
-    grid = -(-n_rows // options["ROWS"]), -(-r // options["RANKS"])
-    return Launch(
-        kernels.down, grid, (h, x, A, x.stride(0), *A.stride(), n_rows, n_features, r, factor, p, key), options
-    )
+    grid = -(-n_rows // options["ROWS"]), -(-r // options["RANKS"]), len(parts)
+    turns = -(-n_features // options["FEATURES"])
+    a_part = -(-turns // len(parts)) * options["FEATURES"]
+    sizes = x.stride(0), *A.stride(), n_rows, n_features, r, a_part
+    return Launch(kernels.down, grid, (parts, x, A, *sizes, factor, p, key), options)
 
 
 def _run_up(base: Tensor, h: Tensor, B: Tensor, factor: float, p: float, key: int, backend: str) -> Tensor:

@@ -28,9 +28,11 @@ is not rounded. But it is not free: ten rounds of two products each, about a hun
 Predicted for the x above, on an H100 with 64 of them a clock on each multiprocessor: 230 µs a mask, several times what
 reading x takes, and all three nearly as much as the base's products in both passes. Fewer would need another mask.
 
-**The gradients without atomics.** A sum over all rows is split into shares of rows; a program sums one share and
-writes it to a place of its own, and the shares are added in order. The same bits every time. Where r is not a multiple
-of 16, the least that a tensor core multiplies, the places beyond are zeros.
+**Sums without atomics.** A sum over all rows is split into shares of rows; a program of `outer` sums one share and
+writes it to a place of its own, and the shares are added in order. The same bits every time. So is the sum over
+features in `down` where there are few rows: for a single one, one program would go through all of x and A by itself,
+with one multiprocessor of 132. Where r is not a multiple of 16, the least that a tensor core multiplies, the places
+beyond are zeros.
 
 Sums are in float32. `scale` is s or s / (1 − p). A matrix of any strides will do, so B serves as its own transpose; it
 takes the type of what it is multiplied with. DROPOUT False: p and key are not used.
@@ -45,7 +47,7 @@ import triton.language as tl
 DOWN = {(2, False): (32, 64, 4, 3), (2, True): (32, 64, 4, 2), (4, False): (32, 32, 4, 2), (4, True): (32, 32, 4, 2)}
 UP = {(2, False): (64, 128, 8, 1), (2, True): (32, 64, 4, 1), (4, False): (32, 32, 4, 1), (4, True): (32, 32, 4, 1)}
 OUTER = {(2, False): (32, 128, 4, 4), (2, True): (32, 64, 4, 2), (4, False): (32, 32, 4, 2), (4, True): (32, 32, 4, 2)}
-PROGRAMS = 256  # so many, about two a multiprocessor, `outer` makes by splitting the rows
+PROGRAMS = 256  # so many, about two a multiprocessor, are made by splitting a sum where there are fewer
 RANKS = 64  # the widest tile of ranks; a larger r takes several
 
 
@@ -57,24 +59,27 @@ def keeps(row, feature, n_features, p, key):
 
 @triton.jit(do_not_specialize=["key"])
 def down(
-    h, x, A, x_stride, rank_stride, feature_stride, n_rows, n_features, r, scale, p, key,
+    h, x, A, x_stride, rank_stride, feature_stride, n_rows, n_features, r, features_a_part, scale, p, key,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Kind (3): h = scale · (m x) Aᵀ for ROWS rows; h is contiguous, A (r, n_features)."""
+    """Kind (3): scale · (m x) Aᵀ for ROWS rows and a share of the features; h (parts, n_rows, r) is contiguous."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1).to(tl.int64) * RANKS + tl.arange(0, RANKS)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    for first in range(0, n_features, FEATURES):
+    start = tl.program_id(2) * features_a_part
+    end = tl.minimum(start + features_a_part, n_features)
+    for first in range(start, end, FEATURES):
         feature = first + tl.arange(0, FEATURES)
-        inside = (row < n_rows)[:, None] & (feature < n_features)[None, :]
+        inside = (row < n_rows)[:, None] & (feature < end)[None, :]
         values = tl.load(x + row[:, None] * x_stride + feature[None, :], mask=inside, other=0)
         if DROPOUT:
             values = tl.where(keeps(row, feature, n_features, p, key), values, 0).to(values.dtype)
-        inside = (feature < n_features)[:, None] & (rank < r)[None, :]
+        inside = (feature < end)[:, None] & (rank < r)[None, :]
         at = rank[None, :] * rank_stride + feature[:, None] * feature_stride
         matrix = tl.load(A + at, mask=inside, other=0).to(values.dtype)
         total += tl.dot(values, matrix, input_precision="ieee")
     inside = (row < n_rows)[:, None] & (rank < r)[None, :]
+    row += tl.program_id(2).to(tl.int64) * n_rows
     tl.store(h + row[:, None] * r + rank[None, :], (total * scale).to(h.dtype.element_ty), mask=inside)
 
 
