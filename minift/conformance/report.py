@@ -27,9 +27,16 @@ class Result:
     counterexample: str | None = None
     reason: str = ""
     ours: bool = False
+    mistake: str | None = None  # what the report says once, of however many properties
 
-    def ran(self, cases: int, counterexample: str | None) -> Result:
-        return replace(self, passed=counterexample is None, cases=cases, counterexample=counterexample)
+    def ran(self, cases: int, failing: tuple[Any, str] | None) -> Result:
+        if failing is None:
+            return replace(self, passed=True, cases=cases)
+        case, message = failing
+        words = message.split()
+        no_such_function = words[:2] in (["it", "raised"], ["it", "returned"])
+        mistake = " ".join(words[: 3 if words[1] == "raised" else 2]) if no_such_function else f"{case}: {message}"
+        return replace(self, passed=False, cases=cases, counterexample=f"{case}: {message}", mistake=mistake)
 
     def not_run(self, reason: str) -> Result:
         return replace(self, reason=reason)
@@ -60,7 +67,8 @@ class Report:
         """Tables side by side would not fit a terminal: one below the other."""
         parts: list[RenderableType] = []
         for operation, found in _grouped(self.results, lambda r: r.operation).items():
-            parts += [_table(operation, found), Text()]
+            if any(result.passed is not None for result in found):
+                parts += [_table(operation, found), Text()]
         return Group(*parts, *map(Text, self._lines()))
 
     def _lines(self) -> list[str]:
@@ -71,9 +79,12 @@ class Report:
                 operations = _grouped(found, lambda r: r.operation)
                 whole = len(operations) == len({r.operation for r in self.results if r.implementation == name})
                 lines.append(f"– {name}: {reason}" + ("" if whole else f": {', '.join(operations)}"))
-        key = lambda r: (r.implementation, r.operation, r.counterexample)  # noqa: E731
-        for (name, operation, counterexample), found in _grouped(self.failures, key).items():
-            lines += [f"✗ {name} {operation}: {', '.join(_plain(r.property) for r in found)}", f"    {counterexample}"]
+        for (name, operation, _), found in _grouped(
+            self.failures, lambda r: (r.implementation, r.operation, r.mistake)
+        ).items():
+            properties = ", ".join(_plain(r.property) for r in found)
+            smallest = min((r.counterexample or "" for r in found), key=len)
+            lines += [f"✗ {name} {operation}: {properties}", f"    {smallest}"]
         return lines
 
     def __str__(self) -> str:

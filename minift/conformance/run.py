@@ -89,7 +89,7 @@ def hold(implementation: Implementation, operation: Operation, prop: Property, e
         failing = _drawn(attempt, operation.cases(dtypes), examples, left) or failing
     if failing is None and not attempt.cases:
         return result.not_run(attempt.refusal or f"nothing to check in {', '.join(dtypes)}")
-    return result.ran(attempt.cases, failing and f"{failing[0]}: {failing[1]}")
+    return result.ran(attempt.cases, failing)
 
 
 class Attempt:

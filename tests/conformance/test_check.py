@@ -191,3 +191,18 @@ def test_cases_as_text():
 def test_the_bytes_of_the_table():
     """Copied from bitsandbytes, derived in minift: two sources."""
     assert nf4.CODE.tobytes() == TABLE.tobytes() and nf4.MIDPOINTS.tobytes() == THRESHOLDS.tobytes()
+
+
+def test_what_says_the_same_is_said_once():
+    """A function that cannot do short blocks fails nearly everything, for one reason."""
+
+    def only_whole_blocks(w, block_size):
+        w.reshape(-1, block_size)
+        return right(w, block_size)
+
+    with pytest.raises(Counterexample) as found:
+        check("nf4.quantize", only_whole_blocks, examples=1)
+    report = found.value.report
+    assert len(report.failures) > 10
+    lines = [line for line in str(report).splitlines() if line.startswith(("✗", "    w"))]
+    assert len(lines) == 2 and lines[1].startswith("    w = [0.0], block_size 64: it raised ValueError: cannot reshape")
