@@ -1,5 +1,6 @@
 """The reward model: losses number by number, orders that must not matter, and the last real token of each row."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import small_policy
 import torch
+import transformers
 import wrong_reward_model
 from small_policy import CONFIG
 
@@ -320,6 +322,23 @@ def test_score_over_an_adapter(kind):
     assert set(vjp(np.ones_like(rewards))) == set(trainable(params))
     merged, _ = score(lora.merge(params), batch, CONFIG)
     assert np.abs(merged - rewards).max() <= (1e-12 if kind == "lora" else 1e-5) * (1 + np.abs(rewards).max())
+
+
+def test_transformers_reads_the_same_scores():
+    """`LlamaForSequenceClassification` with one label, which looks for the last token that is not padding."""
+    params, batch, pad = model("full"), small_policy.batch(), CONFIG.vocab_size - 1
+    real = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    tokens = np.where(real, batch.tokens % pad, pad)
+    sizes = {n: v for n, v in dataclasses.asdict(CONFIG).items() if not n.startswith("rope")}
+    network = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**sizes, num_labels=1, pad_token_id=pad, bos_token_id=None, eos_token_id=None)
+    ).eval()
+    state = {name: torch.tensor(w.astype(np.float32)) for name, w in params.items()}
+    assert not network.load_state_dict(state, strict=True).unexpected_keys
+    with torch.no_grad():
+        theirs = network(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).logits[:, 0].numpy()
+    ours, _ = score(params, Batch(tokens, batch.labels, batch.lengths), CONFIG)
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()
 
 
 def test_recomputation_changes_no_bit():
