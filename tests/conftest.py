@@ -14,7 +14,8 @@ import jaxtyping
 
 import typechecker
 
-NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.data.batches"]
+NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.rlhf"]
+NUMERIC += ["minift.data.batches"]
 NUMERIC += ["minift_kernels.quant", "minift_kernels.nn", "minift_kernels.peft", "minift_kernels.optim"]
 _hook = jaxtyping.install_import_hook(NUMERIC, f"{typechecker.__name__}.check")
 _hook.__enter__()

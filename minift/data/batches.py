@@ -39,6 +39,14 @@ class Batch:
     lengths: Int[np.ndarray, " B"]
     segments: Int[np.ndarray, "B T"] | None = None
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def count(self) -> int:
+        """What the summed loss of a step is divided by."""
+        return count_labels(self)
+
     def take(self, rows: Int[np.ndarray, " b"]) -> Batch:
         """These rows of the batch, in this order."""
         segments = None if self.segments is None else self.segments[rows]

@@ -12,15 +12,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from minift.data.batches import Batch, count_labels
 from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError
 from minift.nn.dropout import fold_in
@@ -32,7 +31,20 @@ from minift.train.engine import NUMPY, Engine
 
 METRICS = "metrics.jsonl"
 
-Loss = Callable[[Params, Batch, float, int], tuple[np.floating, Callable]]
+
+class Counted(Protocol):
+    """What the loop asks of a batch: of text (`data.batches.Batch`), of comparisons or of rollouts (`rlhf`)."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+
+    @property
+    def count(self) -> int:
+        """What the summed loss of a step is divided by, added up over its micro-batches."""
+
+
+Loss = Callable[[Params, Any, float, int], tuple[np.floating, Callable]]
 Record = dict[str, Any]
 
 
@@ -82,7 +94,7 @@ class Result:
 def fit(
     params: Params,
     loss: Loss,
-    batches: Callable[[int], list[Batch]],
+    batches: Callable[[int], Sequence[Counted]],
     settings: Settings,
     *,
     evaluate: Callable[[Params], float] | None = None,
@@ -169,9 +181,9 @@ def fit(
     return Result(replace(params, learned), log.records, optimizer.nbytes, interrupted)
 
 
-def _accumulate(params: Params, loss: Loss, micro_batches: list[Batch], key: int) -> tuple[float, Arrays]:
-    """Loss and gradient of one large batch, a piece at a time; each piece is divided by the labels of the whole."""
-    labels = sum(count_labels(batch) for batch in micro_batches)
+def _accumulate(params: Params, loss: Loss, micro_batches: Sequence[Counted], key: int) -> tuple[float, Arrays]:
+    """Loss and gradient of one large batch, a piece at a time; each piece is divided by the count of the whole."""
+    labels = sum(batch.count for batch in micro_batches)
     total, gradients = 0.0, Arrays()
     for index, batch in enumerate(micro_batches):
         value, vjp = loss(params, batch, float(max(labels, 1)), fold_in(key, index))

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
-from minift.data.batches import Batch, count_labels
 from minift.nn import threads as cores
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Params, add, trainable
 
 LARGE = 1 << 28  # bytes of gradients
-Loss = Callable[[Params, Batch, float | None, int | None], tuple[np.floating, Callable]]
+Loss = Callable[[Params, Any, float | None, int | None], tuple[np.floating, Callable]]
 
 
 def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
@@ -42,7 +42,7 @@ def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
         parts = share(batch, n) if learned < LARGE else [batch]
         if len(parts) == 1:
             return loss(params, batch, normalizer, key)
-        whole = float(max(count_labels(batch), 1)) if normalizer is None else normalizer
+        whole = float(max(batch.count, 1)) if normalizer is None else normalizer
         keys = [None if key is None else fold_in(key, i) for i in range(len(parts))]
         with cores.one_core_each(n) as each:
             results = each(lambda part, key: loss(params, part, whole, key), parts, keys)
@@ -59,8 +59,8 @@ def side_by_side(loss: Loss, threads: int | None = None) -> Loss:
     return shared
 
 
-def share(batch: Batch, parts: int) -> list[Batch]:
+def share(batch: Any, parts: int) -> list[Any]:
     """The rows dealt out like cards, so that long and short ones mix, each part cut to its own longest row."""
-    rows = np.arange(len(batch.tokens))
+    rows = np.arange(len(batch))
     dealt = [batch.take(rows[first::parts]) for first in range(min(parts, len(rows)))]
     return [part.cut(int(part.lengths.max())) for part in dealt]
