@@ -180,7 +180,7 @@ def _asked(prompt: str) -> _Asked:
             f"the rubric judges answers to questions about a `name` in backticks, got {prompt[:100]!r}; "
             "use another rater for other questions"
         )
-    *_, before, last = ["", *names[-1].rstrip(".()").split(".")]
+    before, last = ["", *names[-1].rstrip(".()").split(".")][-2:]
     return _Asked(_parts(last), _parts(before), bool(_DOES.search(prompt)))
 
 
