@@ -5,7 +5,7 @@
     {"chosen": [{…}, {…}], "rejected": [{…}, {…}]}                               or implicit: what both begin with
 
 All become a `Comparison`, whose answers go through the chat template as other examples do. TRL joins strings as they
-are, without a template, so `write` and `Journal` use message lists, which both read alike. Of strings with an implicit
+are, without a template, so what is written here are message lists, which both read alike. Of strings with an implicit
 prompt the shared beginning is the prompt, up to a white space, so that no word is cut in two. Where "prompt" is a
 string beside message lists, TRL leaves it out and takes the beginning that the lists share, and so does `read`.
 
@@ -21,24 +21,19 @@ Answers may be empty (a model may say nothing), but not equal: there would be no
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from minift.data.example import DataError, Message
-from minift.data.json_lines import keys, kind, messages, read_lines, record, string
-from minift.io.atomic import atomic_write, sync
+from minift.data.journal import Journal, encoded
+from minift.data.json_lines import keys, kind, messages, read_lines, string
+from minift.io.atomic import atomic_write
 from minift.io.errors import shown
 
 _NEEDED = '{"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} that begin alike'
-
-_BEGINNING = b'{"prompt": [{"role": "'  # of every line that a Journal writes
 
 Side = Literal["left", "right"]
 
@@ -87,7 +82,12 @@ def read(path: str | os.PathLike[str]) -> list[Comparison]:
 
 def write(path: str | os.PathLike[str], comparisons: Iterable[Comparison]) -> None:
     """A file that `read` turns into the same comparisons; it appears whole or not at all."""
-    atomic_write(path, b"".join(map(_line, comparisons)))
+    atomic_write(path, b"".join(encoded(to_record(c)) for c in comparisons))
+
+
+def journal(path: str | os.PathLike[str]) -> Journal[Comparison]:
+    """A file of comparisons to append to while rating goes on, see `Journal`."""
+    return Journal(path, from_record, to_record)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -126,10 +126,6 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
     } | {name: value for name, value in optional.items() if value is not None}
 
 
-def _line(comparison: Comparison) -> bytes:
-    return (json.dumps(to_record(comparison), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-
-
 def _answers(fields: dict[str, Any]) -> tuple[tuple[Message, ...], str, str]:
     """Prompt, chosen and rejected, of whichever form."""
     if isinstance(fields["chosen"], str) or isinstance(fields["rejected"], str):
@@ -164,70 +160,3 @@ def _shared(a: str, b: str) -> int:
     while shared and not a[shared : shared + 1].isspace():
         shared -= 1
     return shared
-
-
-# --- appending --------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """A file of comparisons that is written while rating goes on, a line at a time.
-
-    `with Journal(path) as journal:` reads what is there (`journal.comparisons`), and `journal.append(comparison)` adds
-    a line, which is on the disk when it returns. A killed process loses at most the line it was writing: what is left
-    of one is cut off when the file is opened next. The file is locked meanwhile, so that two do not write into it.
-
-    Raises DataError, with file and line, for a file of anything else, or one that somebody is rating into."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self.comparisons: list[Comparison] = []
-
-    def __enter__(self) -> Journal:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._mend()
-            self.comparisons = read(self.path) if os.fstat(self._file).st_size else []
-            sync(self.path.parent)
-        except BlockingIOError:
-            os.close(self._file)
-            raise DataError(f"{self.path}: another process is rating into it; use another file") from None
-        except BaseException:
-            os.close(self._file)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._file)
-
-    def append(self, comparison: Comparison) -> None:
-        """Add a line, whole or not at all, and wait until it is on the disk. Raises OSError."""
-        line, start = _line(comparison), os.lseek(self._file, 0, os.SEEK_END)
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-        finally:
-            whole = os.fstat(self._file).st_size == start + len(line)
-            if not whole:  # a full disk, or Ctrl-C
-                os.ftruncate(self._file, start)
-            else:
-                self.comparisons.append(comparison)
-        os.fsync(self._file)
-
-    def _mend(self) -> None:
-        """Cut off a last line that was not finished; end one that only lacks its line break."""
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end == len(data):
-            return
-        try:
-            record(data[end:], _NEEDED)
-        except DataError:
-            if data[end:].startswith(_BEGINNING[: len(data) - end]):  # else nothing of ours: `read` will complain
-                os.ftruncate(self._file, end)
-        else:
-            os.write(self._file, b"\n")

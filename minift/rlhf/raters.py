@@ -9,7 +9,7 @@ has. `RubricRater` therefore prefers the worse answer with a chosen probability 
 rubric perfectly agrees with such comparisons in a share 1 - p of them; that is the ceiling of its held-out accuracy.
 The noise is no random stream but a function of the seed, the question and the pair,
 
-    u = sha256(seed, prompt, {a, b}) / 2^256,     flipped if u < p                                                 (1)
+    u = sha256(seed, prompt, {a, b}) as a fraction,     flipped if u < p                                           (1)
 
 so the same rater says the same thing of a pair at any time, in any order, and with its answers exchanged.
 """
@@ -27,8 +27,9 @@ from itertools import combinations
 from typing import Literal
 
 from minift.data import comparisons
-from minift.data.comparisons import Comparison, Journal, as_text
+from minift.data.comparisons import Comparison, as_text
 from minift.data.example import Message
+from minift.data.journal import Journal
 from minift.rlhf.rubric import gold
 
 Choice = Literal["first", "second", "tie", "skip"]
@@ -120,12 +121,12 @@ def pairs(prompt: tuple[Message, ...], answers: Iterable[str], seed: int = 0) ->
     return shown
 
 
-def rate(pairs: Iterable[Pair], rater: Rater, name: str, journal: Journal) -> Iterator[tuple[Pair, Choice]]:
+def rate(pairs: Iterable[Pair], rater: Rater, name: str, journal: Journal[Comparison]) -> Iterator[tuple[Pair, Choice]]:
     """Ask the rater for every pair that `name` has not rated in this file, and save each comparison as one goes.
 
     Yields what was said. A pair that is skipped is not saved, and comes again next time. In a notebook:
-    `with Journal("mine.jsonl") as journal: list(rate(pairs, Terminal(), "me", journal))`, see `minift.cli.rate`."""
-    rated = {_key(c.prompt, c.chosen, c.rejected) for c in journal.comparisons if c.rater == name}
+    `with comparisons.journal("mine.jsonl") as journal: list(rate(pairs, Person(), "me", journal))`; see `cli.rate`."""
+    rated = {_key(c.prompt, c.chosen, c.rejected) for c in journal.entries if c.rater == name}
     for pair in pairs:
         key = _key(pair.prompt, pair.left, pair.right)
         if key in rated:

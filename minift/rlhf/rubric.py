@@ -78,8 +78,9 @@ _SAID_OF_EVERYTHING = """
     module attribute instance name call name python etc default current
 """
 _IGNORED = frozenset((_FUNCTION_WORDS + _SAID_OF_EVERYTHING).split())
-_SUFFIXES = ("ations", "ation", "ators", "ator", "ions", "ings", "ion", "ing", "ors", "ers", "ies", "ied", "able")
-_SUFFIXES += ("or", "er", "ed", "es", "s", "e", "y")
+# Longest first, so that the first that fits is the one.
+_ENDINGS = "ations ation ators ator ions ings able ion ing ors ers ies ied or er ed es s e y"
+_SUFFIXES = tuple(_ENDINGS.split())
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NAME = re.compile(r"`([^`\s]+)`")
