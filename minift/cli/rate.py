@@ -28,7 +28,7 @@ from minift.data.stdlib_docs import embedded
 from minift.io import load_tokenizer
 from minift.models import llama
 from minift.models.generation import check_settings
-from minift.rlhf.raters import Choice, FunctionRater, Pair, RubricRater, agreement, pairs, rate
+from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate
 from minift.rlhf.rubric import gold
 from minift.train.loop import at_least
 
@@ -85,15 +85,15 @@ class Rate:
         check_settings(self.max_new_tokens, self.temperature)
         if self.temperature == 0 and self.answers is None:
             raise ValueError("temperature is 0, which gives the same answer every time; needed more, such as 1")
-        path = self.out / "comparisons.jsonl"
-        with comparisons.journal(path) as journal:
-            shown = [pair for found in self._candidates() for pair in pairs(found.prompt, found.answers, self.seed)]
-            if not shown:
-                raise ValueError("all answers to each question are equal, so there is nothing to compare")
-            if self.rater == "rubric" or self.agreement:
-                for pair in shown:
-                    gold(as_text(pair.prompt), "")  # complains now about a question that the rubric is not for
-            counts, stopped = self._rate(shown, journal)
+        rater = Person() if self.rater == "person" else RubricRater(self.disagreement, self.seed)
+        shown = [pair for found in self._candidates() for pair in pairs(found.prompt, found.answers, self.seed)]
+        if not shown:
+            raise ValueError("all answers to each question are equal, so there is nothing to compare")
+        if self.rater == "rubric" or self.agreement:
+            for pair in shown:
+                gold(as_text(pair.prompt), "")  # complains now about a question that the rubric is not for
+        with comparisons.journal(self.out / "comparisons.jsonl") as journal:
+            counts, stopped = self._rate(shown, rater, journal)
             summary = self._summary(shown, journal, counts)
         self._show(summary)
         emit(summary, self.json, self.out)
@@ -104,16 +104,14 @@ class Rate:
         rubric = f"rubric, disagreement {self.disagreement:g}, seed {self.seed}"  # another one says other things
         return self.name or ("person" if self.rater == "person" else rubric)
 
-    def _rate(self, shown: list[Pair], journal: Journal[Comparison]) -> tuple[Counter[Choice], bool]:
+    def _rate(self, shown: list[Pair], rater: Rater, journal: Journal[Comparison]) -> tuple[Counter[Choice], bool]:
         """How often each choice was made, and whether Ctrl-C ended it."""
-        person = self.rater == "person"
-        rater = Person() if person else RubricRater(self.disagreement, self.seed)
         counts: Counter[Choice] = Counter()
         console.print(self._progress(shown, journal))
         try:
             for _, choice in rate(shown, rater, self._name, journal):
                 counts[choice] += 1
-                if person:
+                if self.rater == "person":
                     console.print(self._progress(shown, journal))
         except (Quit, EOFError):
             pass

@@ -94,7 +94,7 @@ REFUSED = [
     (b'{"chosen": "It is", "rejected": "They are"}', "begin differently, so there is no prompt"),
     (b'{"chosen": "blue", "rejected": "black"}', "begin differently, so there is no prompt"),
     (b'{"chosen": " a", "rejected": " b"}', "begin differently, so there is no prompt"),
-    (refused(prompt=[ASKED], chosen=[ASKED, GOOD], rejected=[BAD]), "'chosen' has, after the prompt, messages of user, "),
+    (refused(prompt=[ASKED], chosen=[ASKED, GOOD], rejected=[BAD]), "'chosen' has, after the prompt, messages of user"),
     (refused(prompt=[ASKED], chosen=[GOOD], rejected=[ASKED]), "'rejected' has, after the prompt, messages of user;"),
     (refused(prompt=[SYSTEM], chosen=[GOOD], rejected=[BAD]), "the prompt ends with the system"),
     (refused(prompt=[ASKED, GOOD], chosen=[GOOD], rejected=[BAD]), "the prompt ends with the assistant"),
@@ -158,9 +158,9 @@ def test_any_bytes_are_comparisons_or_a_data_error(tmp_path_factory, content):
         assert module.read(folder / "again.jsonl") == found == journal.entries
 
 
-@given(st.builds(Comparison, st.just(SKY), st.text("ab 🎉\n\u2028\x00", max_size=5), st.text("cd", min_size=1, max_size=3),
-                 st.none() | st.floats(0, 1e300), st.none() | st.just("é"), st.booleans(),
-                 st.sampled_from([None, "left", "right"])))  # fmt: skip
+@given(st.builds(Comparison, st.just(SKY), st.text("ab 🎉\n\u2028\x00", max_size=5),
+                 st.text("cd", min_size=1, max_size=3), st.none() | st.floats(0, 1e300),
+                 st.none() | st.just("é"), st.booleans(), st.sampled_from([None, "left", "right"])))  # fmt: skip
 def test_what_is_written_is_read(tmp_path_factory, comparison):
     path = tmp_path_factory.getbasetemp() / "w.jsonl"
     write(path, [comparison, BLUE])
@@ -222,9 +222,9 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
 
 def test_two_do_not_write_into_one_file(tmp_path):
     path = tmp_path / "new" / "c.jsonl"
-    with comparisons.journal(path):
-        with pytest.raises(DataError, match="another process is writing it"), comparisons.journal(path):
-            pass
+    again = comparisons.journal(path)
+    with comparisons.journal(path), pytest.raises(DataError, match="another process is writing it"):
+        again.__enter__()
     with comparisons.journal(path) as journal:
         journal.append(BLUE)
     assert read(path) == [BLUE]
