@@ -33,7 +33,7 @@ all questions q of the embedded set is its commonness c(w), and an answer a with
 
 however it is worded and however long it is.
 
-What it cannot see. Whether the answer is *true*: "Return the finite part of a number." gets full marks for `isfinite`.
+What it cannot see. Whether the answer is *true*: "Return the finite part of a number." does as well as the truth does.
 What is said in other words: "Change the access permissions of a file." names nothing of `chmod`. Grammar, and nonsense
 made of words. A policy can learn to put the name into a template, and only its answers, read by a person, will show it.
 It reads English in Latin letters only. The docstring that the question was made from is not consulted, so the score can
@@ -63,7 +63,7 @@ from minift.data.stdlib_docs import instruction_pairs
 
 LINE = 72  # characters: PEP 8 for docstrings
 ENOUGH = 2  # content words beyond the thing's own say something
-BUDGET = 0.06  # of commonness; 0.6 % of real first lines have more
+BUDGET = 0.06  # of commonness; 1.0 % of real first lines have more
 
 # What carries no content: function words, and what names and docstrings say of everything.
 _FUNCTION_WORDS = """

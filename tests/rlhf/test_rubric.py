@@ -104,6 +104,20 @@ def test_any_answer_has_a_score(answer):
     assert found.gold <= found.about
 
 
+SOME = st.sets(
+    st.sampled_from(["string", "strings", "io", "isfinite", "finite", "fin", "ring", "number", "set", "math"])
+)
+
+
+@given(SOME, SOME)
+def test_about_is_subadditive(one, other):
+    """Which is what equation (3) needs."""
+    for name in ("`io.StringIO`", "`io.StringIO.isfinite`", "`a.b`", "`set`", "`number.ring_finite`"):
+        asked = rubric._asked(f"What is {name}?")
+        both, each = rubric._about(asked, one | other), [rubric._about(asked, words) for words in (one, other)]
+        assert max(each) - 1e-12 <= both <= sum(each) + 1e-12
+
+
 @given(st.text(max_size=60))
 def test_any_name_can_be_asked_for(name):
     prompt = f"What does `{name}` do?"
