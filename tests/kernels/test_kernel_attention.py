@@ -115,7 +115,7 @@ def fresh(case):
     return [torch.from_numpy(x) for x in laws.arrays(case)]
 
 
-@pytest.mark.parametrize("size", [(2, 64), (2, 128), (4, 64), (4, 128)], ids=str)
+@pytest.mark.parametrize("size", [(2, 64), (2, 128), (2, 256), (4, 64), (4, 128)], ids=str)
 def test_every_configuration_is_within_the_bound(size):
     """The tiles that are launched on a GPU, not full; so two sizes differ by twice the bound at most."""
     dtype = "float16" if size[0] == 2 else "float32"
