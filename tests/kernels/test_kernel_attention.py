@@ -15,6 +15,7 @@ from minift.conformance.operations.attention import FIXED, PROPERTIES, Heads
 from minift.nn import attention as reference
 from minift_kernels import aot, backend
 from minift_kernels.nn import attention
+from nn import wrong_nn
 from nn.checks import kill_matrix
 from wrong_kernels import wrong_attention
 
@@ -43,8 +44,9 @@ def test_properties(prop, how, small_tiles):
     for case in FIXED:
         if case.dtype not in BACKENDS[how]:
             continue
-        if how == "interpreter" and prop is laws.any_layout and case.batch * case.heads * case.keys > 30:
-            continue  # four layouts under guard
+        size = case.batch * case.heads * case.keys
+        if how == "interpreter" and prop is not laws.is_within_its_bound and size > (30 if prop in ON_GUARD else 40):
+            continue  # a second for every tile
         with guarded() if how == "interpreter" and prop in ON_GUARD else contextlib.nullcontext():
             prop(implementation(how), case)
 
@@ -74,7 +76,7 @@ def wrong(name, what, watched=False):
 
 
 KILLERS = {
-    "forward": (laws.is_within_its_bound, laws.what_sees_nothing_gets_nothing, laws.large_scores_do_not_overflow),
+    "forward": (laws.is_within_its_bound, laws.large_scores_do_not_overflow),
     "backward_q": (laws.is_within_its_bound,),
     "backward_kv": (laws.is_within_its_bound,),
 }
@@ -89,6 +91,22 @@ def test_kill_matrix(name, small_tiles):
     kill_matrix(KILLERS[name], [wrong(name, what) for what in getattr(wrong_attention, name.upper())], QUICK)
 
 
+def test_every_property_rejects_a_wrong_version():
+    """In NumPy, where there is time for all of them."""
+    cases = [case for case in FIXED if case.dtype in ("float32", "float64")]
+
+    def overwrites(q, k, v, visible):
+        y, vjp = reference.attention(q, k, v, visible)
+        q[...] *= 2
+        return y, vjp
+
+    def other_for_one_mask(q, k, v, visible):
+        y, vjp = reference.attention(q, k, v, visible)
+        return (y if len(visible) == len(q) else y * q.dtype.type(1.5)), vjp
+
+    kill_matrix(PROPERTIES, [*wrong_nn.ATTENTION, overwrites, other_for_one_mask], cases)
+
+
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
@@ -97,9 +115,9 @@ def fresh(case):
     return [torch.from_numpy(x) for x in laws.arrays(case)]
 
 
-@pytest.mark.parametrize("size", [(2, 64), (2, 128), (4, 64), (4, 128)], ids=str)
+@pytest.mark.parametrize("size", [(2, 64), (2, 128), (2, 256), (4, 64), (4, 128)], ids=str)
 def test_every_configuration_is_within_the_bound(size):
-    """The tiles that are launched on a GPU, not full; so two sizes of tiles are within twice the bound of each other."""
+    """The tiles that are launched on a GPU, not full; so two sizes differ by twice the bound at most."""
     dtype = "float16" if size[0] == 2 else "float32"
     case = Heads(1, 1, 1, 70, 150, size[1] // 2 + 5, "causal", dtype, 3)
     laws.is_within_its_bound(implementation("interpreter"), case)
@@ -147,7 +165,7 @@ def test_tiles_are_made_once_for_all_layers(small_tiles):
 
 
 def test_float64_has_no_tiles():
-    with pytest.raises(ValueError, match="dtype: torch.float64 has no kernel, needed at most 32 bits: use"):
+    with pytest.raises(ValueError, match=r"dtype: torch\.float64 has no kernel, needed at most 32 bits: use"):
         attention.tile_map(torch.ones(1, 1, 1, dtype=torch.bool), 64, torch.float64, backend="interpreter")
 
 

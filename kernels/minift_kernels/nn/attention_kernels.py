@@ -45,7 +45,7 @@ import triton.language as tl
 
 # (bytes of a number, BLOCK_D): (OWN, STEP, lanes, num_stages) of each kernel; `forward` and `backward_q` walk over the
 # same tiles. A lane has 255 registers at most (512 on an MI300), for its share of a tile of scores, of the sums, and of
-# what stays loaded: with these sizes nothing is put aside in memory, where the numbers have 16 bits. `backward_kv` has
+# what stays loaded: up to 128 features of 16 bits nothing is put aside in memory with these sizes. `backward_kv` has
 # two sums to hold: with 128 features and 32 queries a step, 28 registers would be put aside on an A100. Tiles on their
 # way to tensor cores lie in shared memory: 163 KB on an A100, 64 KB on an MI300. Three stages are the number of a tile,
 # the tile, the products. float32 has no tensor cores on NVIDIA's GPUs if it is not to lose bits, and takes many more
@@ -53,6 +53,7 @@ import triton.language as tl
 CONFIGURATIONS = {
     (2, 64): {"forward": (128, 64, 256, 3), "backward_q": (128, 64, 256, 3), "backward_kv": (128, 32, 256, 3)},
     (2, 128): {"forward": (128, 32, 256, 3), "backward_q": (128, 32, 256, 3), "backward_kv": (128, 16, 256, 2)},
+    (2, 256): {"forward": (64, 16, 128, 1), "backward_q": (64, 16, 128, 1), "backward_kv": (64, 16, 128, 1)},
     (4, 64): {"forward": (32, 32, 128, 1), "backward_q": (32, 32, 128, 1), "backward_kv": (32, 32, 128, 1)},
     (4, 128): {"forward": (32, 16, 128, 1), "backward_q": (32, 16, 128, 1), "backward_kv": (32, 16, 128, 1)},
 }
@@ -60,7 +61,7 @@ SMALLEST = 16  # rows of a tile, and features: what a tensor core multiplies
 
 
 def configuration(element_size, BLOCK_D):
-    """Other sizes take the next larger that is listed, or the largest: more features than that work, but spill."""
+    """Other sizes take the next larger that is listed, or the largest, whose tiles may not fit for more features."""
     sizes = [key for key in CONFIGURATIONS if key[0] == element_size]
     return CONFIGURATIONS[next((key for key in sizes if key[1] >= BLOCK_D), sizes[-1])]
 
