@@ -138,7 +138,7 @@ def backbone(
             x = block(params, x, *rest)
     hidden = rms_norm(x, params["model.norm.weight"], config.rms_norm_eps, backend=backend)
     if cache is not None:
-        cache.advance(torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths)
+        cache.advance(torch.full((len(x),), x.shape[1]) if lengths is None else lengths)
     return hidden
 
 
@@ -193,9 +193,9 @@ def stream(
 
     def next_logits(text, lengths):
         with torch.no_grad():
-            text, lengths = (torch.from_numpy(np.asarray(a, np.int64)).to(gain.device) for a in (text, lengths))
-            hidden = backbone(params, text, config, lengths=lengths, cache=cache, backend=backend)
-            last = hidden[torch.arange(len(text), device=gain.device), lengths - 1]  # one row a text reaches the head
+            text, lengths = (torch.from_numpy(np.asarray(a, np.int64)) for a in (text, lengths))
+            hidden = backbone(params, text.to(gain.device), config, lengths=lengths, cache=cache, backend=backend)
+            last = hidden[torch.arange(len(text)), lengths - 1]  # one row a text reaches the head, not the whole prompt
             return linear(last, params[head_name(config)], backend=backend).float().cpu().numpy()
 
     host = options | {"lengths": np.asarray(options["lengths"])} if options.get("lengths") is not None else options
@@ -220,13 +220,12 @@ def generate(
 
 def _layout(x, config, segments, prefix, cache, backend) -> _Pass:
     tokens = x.shape[1]
-    before = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    if prefix is not None:
-        before = before + prefix.shape[3]
+    before = torch.full((len(x),), 0 if prefix is None else prefix.shape[3])  # on the CPU, as the cache's lengths are
     if cache is not None:
         before = before + cache.lengths
+    keys = int(before.max()) + tokens
     index = torch.arange(tokens, device=x.device)
-    slots = before[:, None] + index  # (B, T): where each token's key stands
+    slots = before.to(x.device)[:, None] + index  # (B, T): where each token's key stands
     positions = slots
     if segments is not None:
         starts = torch.ones_like(segments, dtype=torch.bool)
@@ -234,5 +233,5 @@ def _layout(x, config, segments, prefix, cache, backend) -> _Pass:
         positions = slots - torch.where(starts, index, 0).cummax(dim=1).values
     omega = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(x.device)
     cos, sin = rotations(positions, omega, backends.widened(x[:0]).dtype)  # 16-bit angles would be 16-bit rotations
-    visible = causal_mask(slots, int(before.max()) + tokens, segments)
+    visible = causal_mask(slots, keys, segments)
     return _Pass(cos, sin, visible, tile_map(visible, config.head_dim, x.dtype, backend=backend), backend)
