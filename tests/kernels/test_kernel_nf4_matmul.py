@@ -139,8 +139,8 @@ def test_many_rows_are_decoded_first(monkeypatch):
 # Wrong versions.
 
 QUICK = {
-    "matmul": [Product((3,), (9, 33), 32, 0, "float16", "wide"), Product((3,), (4, 96), 32, 3, "float32", "wide")],
-    "matvec": [Product((2,), (9, 96), 32, 0, "float16", "wide"), Product((2,), (4, 96), 32, 3, "float32", "wide")],
+    "matmul": [Product((3,), (9, 33), 32, 0, "float16", "wide"), Product((3,), (16, 96), 32, 3, "float32", "wide")],
+    "matvec": [Product((2,), (9, 96), 32, 0, "float16", "wide"), Product((2,), (16, 96), 32, 3, "float32", "wide")],
     "gradient": [Product((3,), (33, 9), 32, 0, "float16", "wide"), Product((3,), (96, 4), 32, 3, "float32", "wide")],
 }
 KERNEL = {"matmul": "matmul_7", "matvec": "matvec_4", "gradient": "gradient"}
