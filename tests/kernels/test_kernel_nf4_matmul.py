@@ -139,8 +139,8 @@ def test_many_rows_are_decoded_first(monkeypatch):
 # Wrong versions.
 
 QUICK = {
-    "matmul": [Product((3,), (9, 33), 32, 0, "float16", "wide"), Product((3,), (4, 96), 32, 3, "float32", "wide")],
-    "matvec": [Product((2,), (9, 96), 32, 0, "float16", "wide"), Product((2,), (4, 96), 32, 3, "float32", "wide")],
+    "matmul": [Product((3,), (9, 33), 32, 0, "float16", "wide"), Product((3,), (16, 96), 32, 3, "float32", "wide")],
+    "matvec": [Product((2,), (9, 96), 32, 0, "float16", "wide"), Product((2,), (16, 96), 32, 3, "float32", "wide")],
     "gradient": [Product((3,), (33, 9), 32, 0, "float16", "wide"), Product((3,), (96, 4), 32, 3, "float32", "wide")],
 }
 KERNEL = {"matmul": "matmul_7", "matvec": "matvec_4", "gradient": "gradient"}
@@ -391,7 +391,7 @@ def sixteen_bytes(found):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_what_is_launched_for_a_few_rows(dtype, target):
     """The sums are fused on purpose, the scales are not: as many fused operations with nested scales as without."""
-    for rows in (1, 2, 4):
+    for rows in range(1, nf4_matmul.MATVEC_ROWS + 1):
         found, plain = (compiled(nf4_matmul.matvec_launch, rows, target, dtype, nested_block_size=n) for n in (256, 0))
         print(f"matvec {rows} rows {target} {dtype}: {found.registers} registers, {found.shared} bytes")
         assert found.spilled == 0 and found.shared <= SHARED[target] and sixteen_bytes(found)

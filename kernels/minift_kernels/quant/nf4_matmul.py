@@ -39,10 +39,10 @@ Tile = tuple[int, int, int, int, int]
 def plan(rows: int, whole: bool) -> str:
     """How to multiply so many rows with a matrix, whose blocks do (`whole`) or do not each lie in one of its rows.
 
-    Decoding first writes 2 bytes a weight and reads them again, beside 0.56: 4.6 bytes, 1.4 ps a weight on an H100 (3.35
-    TB/s). A row costs 2 operations a weight, 2.5 fs at 800 TFLOP/s. If the fused kernel multiplies at two thirds of that
-    rate, which is a guess, a row costs it 1.3 fs more: it wins up to about 1,100 rows. Then decoding is paid for, and
-    the memory for one decoded matrix is needed, while it is used. All of this is predicted, not measured."""
+    Decoding first writes 2 bytes a weight and reads them again, beside 0.56: 4.6 bytes, 1.4 ps a weight on an H100
+    (3.35 TB/s). A row costs 2 operations a weight, 2.5 fs at 800 TFLOP/s. If the fused kernel multiplies at two thirds
+    of that rate, which is a guess, a row costs it 1.3 fs more: it wins up to about 1,100 rows. Then decoding is paid
+    for, and there must be room for one decoded matrix while it is used. All of this is predicted, not measured."""
     if rows <= MATVEC_ROWS and whole:
         return "matvec"
     return "matmul" if rows <= MATMUL_ROWS else "decode"
@@ -77,7 +77,8 @@ def _multiply(
     n_rows, (d_out, d_in), size = len(matrix), shape, x.element_size()
     columns, summed = (d_in, d_out) if gradient else (d_out, d_in)
     if not gradient and plan(n_rows, is_whole(d_in, block_size)) == "matvec":
-        launch, n_parts = matvec_launch, backends.load(MATVEC_KERNELS, backend).parts(n_rows, columns, summed)
+        launch: Callable[..., Launch] = matvec_launch
+        n_parts = backends.load(MATVEC_KERNELS, backend).parts(n_rows, columns, summed)
     else:
         launch = gradient_launch if gradient else matmul_launch
         n_parts = backends.load(MATMUL_KERNELS, backend).parts(n_rows, columns, summed, size)
@@ -92,7 +93,7 @@ def _like(x, codes, absmax, a, b, c, shape, block_size, nested_block_size, gradi
 
 
 def _save(ctx, inputs, output):
-    x, *ctx.parts, ctx.shape, ctx.block_size, ctx.nested_block_size, ctx.gradient, ctx.backend = inputs
+    _, *ctx.parts, ctx.shape, ctx.block_size, ctx.nested_block_size, ctx.gradient, ctx.backend = inputs
 
 
 def _differentiate(ctx, dy):
@@ -121,13 +122,13 @@ def matmul_launch(
     step: int | None = None,
     tile: Tile | None = None,
 ) -> Launch:
-    """Equation (1) of `nf4_matmul_kernels`. x (rows, d_in) has rows whose elements are neighbors; y (parts, rows, d_out)
-    is contiguous: one part is the result, several are float32 numbers to add up. `step` is a step of the ladder, `tile`
-    as in its TILES. Steps 3 and 4 are for matrices that are whole."""
+    """Equation (1) of `nf4_matmul_kernels`. x (rows, d_in) has rows whose elements are neighbors; y (parts, rows,
+    d_out) is contiguous: one part is the result, several are float32 numbers to add up. `step` is a step of the ladder,
+    `tile` as in its TILES. Steps 3 and 4 are for matrices that are whole."""
     kernels = backends.load(MATMUL_KERNELS, backend)
     step = step or kernels.LAST
     tile = tile or kernels.default_tile(len(x), x.element_size(), step)
-    n_rows, (d_out, d_in) = len(x), shape
+    d_in = shape[1]
     options = {"ROWS": tile[0], "OUTS": tile[1], "INS": tile[2], "num_warps": tile[3], "num_stages": tile[4]}
     if step == 6:  # the kernel of step 7 in another order
         options["GROUPED"] = False
@@ -179,9 +180,9 @@ def _launch(kernel, tile, summed, y, x, q, shape, block_size, nested_block_size,
     """`tile` = (rows, columns, summed) of a program at a turn, `summed` the length of the sums."""
     (n_parts, n_rows, columns), (d_out, d_in) = y.shape, shape
     grid = -(-n_rows // max(tile[0], 1)) * -(-columns // tile[1]), n_parts
-    turns_a_part = -(-(-(-summed // tile[2])) // n_parts)
+    turns = -(-summed // tile[2])
     parts = (None if part is None else part.contiguous() for part in q)
-    sizes = x.stride(0), n_rows, d_in, d_out, d_in // 2, d_in // block_size, turns_a_part
+    sizes = x.stride(0), n_rows, d_in, d_out, d_in // 2, d_in // block_size, -(-turns // n_parts)
     options = {"BLOCK_SIZE": block_size, "NESTED": nested_block_size, **options}
     return Launch(kernel, grid, (y, x, *parts, _table(x.device), *sizes), options)
 

@@ -18,9 +18,10 @@ tests/kernels/test_kernel_nf4_matmul.py repeats on what is compiled. `kernels/be
 **Two roundings.** `enable_fp_fusion=False` keeps the two roundings of a double-quantized scale (`nf4_kernels`, equation
 2). Sums in tensor cores do not heed it.
 
-Weights are numbered row by row through the matrix. With an even d_in the two weights of a byte lie in one row; with d_in
-a multiple of the block size a block does too: WHOLE. Then a row has `row_bytes` and `row_blocks`, which are arguments so
-that the compiler may know that 16 divides them. Other matrices go element by element, as in step 2: right, and slow.
+Weights are numbered row by row through the matrix. With an even d_in the two weights of a byte lie in one row; with
+d_in a multiple of the block size a block does too: WHOLE. Then a row has `row_bytes` and `row_blocks`, which are
+arguments so that the compiler may know that 16 divides them. Other matrices go element by element, as in step 2: right,
+and slow.
 
 A program computes a tile of ROWS × OUTS results, from INS features at a time. It takes the `part`-th share of the sums,
 `turns_a_part` tiles of INS, and writes to matrix `part` of y: there is one, or there are float32 partial sums that are
@@ -93,8 +94,8 @@ def store_tile(y, result, first_row, first, n_rows, n_features, ROWS: tl.constex
 
 # 1. A row of x and a tile of outputs a program: the formula, as it is written.
 #
-# Every row of x decodes the whole matrix again, and each product takes a lane a multiplication and an addition, of which
-# a multiprocessor does 128 a clock; its tensor cores do 2,048. Good for any d_in, and to be compared with.
+# Every row of x decodes the whole matrix again, and each product takes a lane a multiplication and an addition, of
+# which a multiprocessor does 128 a clock; its tensor cores do 2,048. Good for any d_in, and to be compared with.
 
 
 @triton.jit
@@ -139,8 +140,8 @@ def matmul_1(
 
 # 2. Tensor cores: a tile of rows meets a tile of decoded weights.
 #
-# A weight is decoded once for ROWS rows, and multiplied by tensor cores. Predicted: with 128 rows, several times as fast
-# as step 1, and yet slow: a weight's own number, its parity, byte, scale, look-up, product and rounding are 17.4
+# A weight is decoded once for ROWS rows, and multiplied by tensor cores. Predicted: with 128 rows, several times as
+# fast as step 1, and yet slow: a weight's own number, its parity, byte, scale, look-up, product and rounding are 17.4
 # instructions (counted in the loop for sm_90, as below), where the tensor cores leave time for eight.
 
 
@@ -211,9 +212,9 @@ def matmul_3(
 # 4. Even and odd features apart.
 #
 # A sum has no order: high nibbles are the weights of even features, low ones those of odd features. So two products of
-# half the length will do, if x is split instead of w joined. Predicted: nothing gained, a step aside (counted, 10.2). In w
-# it saves nothing, as `join` is only which register holds what; but x, which was copied to shared memory for the tensor
-# cores, now takes a detour to be split.
+# half the length will do, if x is split instead of w joined. Predicted: nothing gained, a step aside (counted, 10.2).
+# In w it saves nothing, as `join` is only which register holds what; but x, which was copied to shared memory for the
+# tensor cores, now takes a detour to be split.
 
 
 @triton.jit
@@ -241,11 +242,11 @@ def matmul_4(
 # 5. Sixteen weights a block.
 #
 # A block has one scale, and so no more than sixteen different weights: let them be scaled and rounded once and then be
-# chosen from. The sixteen lie in lanes of the warp that holds the piece; `gather` fetches one with a shuffle: no look-up
-# in memory, no address for it, 16 products and roundings a block instead of 64. Predicted: nothing by itself (counted,
-# 10.5), as codes take a detour through shared memory to the lanes that hold the sixteen. It pays in step 7, which brings
-# them through shared memory anyway. Step 3 could not go there: in a loop with loads on their way early, Triton turns each
-# look-up into an asynchronous copy of 4 bytes.
+# chosen from. The sixteen lie in lanes of the warp that holds the piece; `gather` fetches one with a shuffle: no
+# look-up in memory, no address for it, 16 products and roundings a block instead of 64. Predicted: nothing by itself
+# (counted, 10.5), as codes take a detour through shared memory to the lanes that hold the sixteen. It pays in step 7,
+# which brings them through shared memory anyway. Step 3 could not go there: in a loop with loads on their way early,
+# Triton turns each look-up into an asynchronous copy of 4 bytes.
 
 
 @triton.jit
@@ -290,21 +291,21 @@ def matmul_5(
 
 # 6. The weights on the left: yᵀ = Ŵ xᵀ.
 #
-# An H100's tensor cores take their left operand from registers or from shared memory, their right one from shared memory
-# only. Weights come out of registers; x can be copied to shared memory as it is. Predicted: weights need not be visible
-# to other warps before they are multiplied, which saves a barrier of the whole program; and a tile for few rows may be
-# 16 wide on the right, where the left side needs 64.
+# An H100's tensor cores take their left operand from registers or from shared memory, their right one from shared
+# memory only. Weights come out of registers; x can be copied to shared memory as it is. Predicted: weights need not be
+# visible to other warps before they are multiplied, which saves a barrier of the whole program; and a tile for few rows
+# may be 16 wide on the right, where the left side needs 64. Counted: 10.0, and 6.9 in step 7's tile for 16 rows.
 #
 # 7. Neighbors in time are neighbors in memory, and loads are on their way early.
 #
 # The 132 programs that run at once share tiles of x and of codes in the L2 cache. In the order of step 6 they have one
 # tile of rows in common: with 14336 outputs, 1 tile of x (128 × 2 bytes a feature) and 112 of codes (128 × 0.56), 65
-# units. With GROUP tiles of rows side by side they need 8 of x and 17 of codes: 26. And with num_stages above 1 the loop
-# asks for its bytes and its x one or two turns ahead, by asynchronous copies to shared memory. Predicted: the second
-# gains most of all steps, as until now every turn waits for memory; the first gains once x is large. Counted: 8.1
-# instructions (10.4 with double-quantized scales), in the 512 clocks that have room for eight: half the rate of a plain
-# product at worst, if nothing of it is hidden. Tiles of 256 × 128 halve that share, on an H100 only: an A100 has too few
-# registers for them, an MI300 too little shared memory.
+# units. With GROUP tiles of rows side by side they need 8 of x and 17 of codes: 26. And with num_stages above 1 the
+# loop asks for its bytes and its x one or two turns ahead, by asynchronous copies to shared memory. Predicted: the
+# second gains most of all steps, as until now every turn waits for memory; the first gains once x is large. Counted:
+# 8.1 instructions (10.4 with double-quantized scales), in the 512 clocks that have room for eight: half the rate of a
+# plain product at worst, if nothing of it is hidden. Tiles of 256 × 128 halve that share, on an H100 only: an A100 has
+# too few registers for them, an MI300 too little shared memory.
 
 GROUP = tl.constexpr(8)
 

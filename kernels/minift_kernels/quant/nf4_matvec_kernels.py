@@ -134,8 +134,8 @@ def look_up(table, byte, scale, OUTS: tl.constexpr, PER: tl.constexpr, HALF: tl.
 
 # 2. Sums stay in their lanes until the end.
 #
-# Every lane keeps a sum for each of the bytes that it has in a turn; lanes are added up once. The shuffles of the sums are
-# gone, and product and sum are one instruction. Counted: 10.5. Predicted: nearly twice step 1.
+# Every lane keeps a sum for each of the bytes that it has in a turn; lanes are added up once. The shuffles of the sums
+# are gone, and product and sum are one instruction. Counted: 10.5. Predicted: nearly twice step 1.
 
 
 @triton.jit
@@ -169,8 +169,8 @@ def add_products(total, w, x, first, d_in, PER: tl.constexpr, HALF: tl.constexpr
 # 3. Sixteen weights a block, by shuffles.
 #
 # As step 5 of `nf4_matmul_kernels`: no look-up in memory, a quarter of the products. Predicted: little as yet (10.2):
-# the codes lie in the lanes that loaded them, a shuffle wants them in those that hold the sixteen, and they take a detour
-# through shared memory, with barriers.
+# the codes lie in the lanes that loaded them, a shuffle wants them in those that hold the sixteen, and they take a
+# detour through shared memory, with barriers.
 
 
 @triton.jit
@@ -206,8 +206,8 @@ def choose(sixteen, code, OUTS: tl.constexpr, PER: tl.constexpr, HALF: tl.conste
 # `tl.range` with num_stages asks for codes, scales and x turns ahead, by asynchronous copies to shared memory. Whoever
 # needs a byte then reads it from there, which is the detour of step 3 for nothing. Counted: 7.8 instructions a weight
 # instead of 10.4. With several rows a weight is decoded once for all. Counted: 1.3 more for a second row, where another
-# pass would cost 7.8; but the tensor cores take 16 rows for 6.9 (`nf4_matmul_kernels`), so that few rows are enough to prefer
-# them: `nf4_matmul.plan`.
+# pass would cost 7.8; but the tensor cores take 16 rows for 6.9 (`nf4_matmul_kernels`), so that few rows are enough to
+# prefer them: `nf4_matmul.plan`.
 
 
 @triton.jit

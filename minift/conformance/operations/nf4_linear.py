@@ -40,8 +40,10 @@ def tensor(case: Product) -> NF4Tensor:
     rng = np.random.default_rng([case.seed, *case.shape, *case.kind.encode()])
     n = case.shape[0] * case.shape[1]
     blocks = -(-n // case.block_size)
-    codes = rng.choice(np.uint8([0, nf4.ZERO, 15]) if case.kind == "exact" else np.arange(16, dtype=np.uint8), n)
-    scales = rng.uniform(0.5, 1.5, blocks)
+    codes = rng.choice(
+        np.array([0, nf4.ZERO, 15], np.uint8) if case.kind == "exact" else np.arange(16, dtype=np.uint8), n
+    )
+    scales: np.ndarray = rng.uniform(0.5, 1.5, blocks)
     if case.kind == "wide":
         scales *= 2.0 ** rng.integers(-5, 5, blocks)
     if case.kind == "exact":
@@ -100,7 +102,7 @@ def changes_nothing(f: Callable, case: Product) -> None:
     """Also not the codes and scales."""
     q = tensor(case)
     s = q.absmax
-    parts = [q.codes, *([s] if isinstance(s, np.ndarray) else [s.codes, s.absmax, s.code])]
+    parts = [q.codes, *([s.codes, s.absmax, s.code] if isinstance(s, DoubleQuantizedScales) else [q.scales()])]
     before = [part.tobytes() for part in parts]
     g, args, dy = given(f, case)
     common.changes_nothing(g, args, dy, case.dtype)
@@ -108,7 +110,7 @@ def changes_nothing(f: Callable, case: Product) -> None:
 
 
 def multiplies_with_the_decoded_weights(f: Callable, case: Product) -> None:
-    """One row, three rows and all rows (the last 70) of the identity give those rows of Ŵᵀ, and in the gradient those of Ŵ."""
+    """One row, three rows and the last 70 rows of the identity give those of Ŵᵀ, and in the gradient those of Ŵ."""
     w = weights(case)
     same_weights(lambda rows: f(tensor(case), rows)[0], w.T, case, "x Ŵᵀ")
 
@@ -119,7 +121,7 @@ def multiplies_with_the_decoded_weights(f: Callable, case: Product) -> None:
 
 
 def same_weights(multiply: Callable, w: np.ndarray, case: Product, what: str) -> None:
-    identity = np.eye(len(w), dtype=storage(case.dtype))
+    identity: np.ndarray = np.eye(len(w), dtype=storage(case.dtype))
     last = len(w) - 1
     for rows in ([last], [0, last // 2, last], list(range(max(len(w) - 70, 0), len(w)))):
         found = multiply(identity[rows])
@@ -201,7 +203,7 @@ def cases(dtypes):
     )
 
 
-# Blocks that are rows, lie in rows, and span rows; an odd number of weights; nested scales; one row to more than a tile.
+# Blocks that are, lie in, and span rows; an odd number of weights; nested scales; one row and more than a tile.
 FIXED = (
     Product((1,), (33, 64)),
     Product((3,), (5, 128), 32, nested=7, kind="wide"),
