@@ -122,7 +122,7 @@ def test_a_users_module(tmp_path, monkeypatch):
         (
             "empty.py",
             "x = 1",
-            r"empty.py: it has no function named as an operation, needed one or more such as blockwise_q",
+            r"empty.py: it has no function named as an operation, needed one or more such as ",
         ),
         ("broken.py", "\n\n1 / 0", "broken.py: line 3 raised ZeroDivisionError: division by zero"),
         ("wrong.py", "def f(:", "wrong.py: line .* raised SyntaxError"),
