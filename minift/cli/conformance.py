@@ -32,13 +32,13 @@ class Conformance:
     """
 
     impl: tuple[str, ...] = tuple(implementations.BUILT_IN)
-    """reference, torch, interpreter, triton (minift_kernels), bitsandbytes, torchao, peft; a Python file or module with
+    """reference, torch, triton, interpreter (minift_kernels), bitsandbytes, torchao, peft; a Python file or module with
     functions such as nf4_quantize, or with CONFORMANCE = {"nf4.quantize": my_function}."""
     op: tuple[str, ...] = ()
     """Operations such as nf4.quantize; all of them if none is named."""
     examples: int = 20
     """How many cases to draw for each property, beside its fixed ones."""
-    seconds: float = 90.0
+    seconds: float = 120.0
     """About how long all of it may take. The properties share it; each sees one case at least, and what fails has two
     seconds more to become small. The number of cases says how far each came."""
     list: bool = False

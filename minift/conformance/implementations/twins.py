@@ -14,6 +14,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minift.conformance import torch_functions
 from minift.conformance.implementations.quiet import absent
 from minift.conformance.operation import Implementation, Operation
@@ -125,7 +127,76 @@ def _decode(module: ModuleType, place: Place) -> Callable | None:
     return place.plain(place.function(lambda *parts: module.DoubleQuantizedScales(*parts).decode()))
 
 
+def _nf4_linear(module: ModuleType, place: Place) -> Callable:
+    """Of a tensor of the reference, whose parts become tensors. It has kernels of its own, and takes a backend."""
+    from minift_kernels.quant.double_quant import DoubleQuantizedScales
+
+    def there(array):
+        return torch_functions.tensor(array, place.device)
+
+    def f(q, x):
+        s = q.absmax
+        nested = not isinstance(s, np.ndarray)
+        parts = (there(s.codes), there(s.absmax), there(s.offset), s.block_size, there(s.code)) if nested else ()
+        scales = DoubleQuantizedScales(*parts) if nested else there(s)
+        weight = module.NF4Tensor(there(q.codes), scales, q.shape, q.block_size)
+        y, vjp = place.differentiable(lambda x: weight.linear(x, backend=place.backend))(x)
+        return y, lambda dy: (vjp(dy), None)
+
+    return f
+
+
+def _rope(module: ModuleType, place: Place) -> Callable | None:
+    """The angles do not learn."""
+    rope = place.function(module.rope)
+
+    def f(x, cos, sin):
+        angles = [torch_functions.tensor(a, place.device) for a in (cos, sin)]
+        return place.differentiable(lambda x: rope(x, *angles))(x)
+
+    return rope and f
+
+
+def _clip(module: ModuleType, place: Place) -> Callable | None:
+    clip = place.function(module.clip_by_global_norm)
+    return clip and torch_functions.on_tensors(clip, place.device, (0,) if place.dtype else ())
+
+
+def _optimizer(module: ModuleType, place: Place) -> Callable:
+    return torch_functions.optimizer(module.AdamW, place.device, bool(place.dtype), backend=place.backend)
+
+
+def _step_in_place(module: ModuleType, place: Place) -> Callable | None:
+    step = place.function(module.adamw_2)
+    return step and torch_functions.on_tensors(step, place.device, (0, 1) if place.dtype else ())
+
+
+def _step(module: ModuleType, place: Place) -> Callable | None:
+    step = place.function(module.adamw_1)
+    return step and torch_functions.on_tensors(step, place.device, (0, 1) if place.dtype else ())
+
+
+def _batched(module: ModuleType, place: Place) -> Callable | None:
+    forward = place.function(module.forward)
+
+    def f(x, W, A, B, scaling, index):
+        return forward(x, W, module.Stack(A, B, scaling), index)
+
+    def without_scaling(*args):  # which does not learn, and has no cotangent
+        y, vjp = place.differentiable(f)(*args)
+        return y, lambda dy: vjp(dy)[:-1]
+
+    return forward and without_scaling
+
+
 ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
+    "nf4.linear": _nf4_linear,
+    "rope.rope": _rope,
+    "adamw.adamw_1": _step,
+    "adamw.adamw_2": _step_in_place,
+    "adamw.AdamW": _optimizer,
+    "adamw.clip_by_global_norm": _clip,
+    "batched.forward": _batched,
     "nf4.dequantize": _nf4_dequantize,
     "blockwise.quantize": _blockwise_quantize,
     "blockwise.dequantize": _blockwise_dequantize,
