@@ -90,27 +90,10 @@ class Frozen:
         return f"Frozen({self.array.dtype} {self.array.shape}, {self.array.nbytes:,} bytes)"
 
 
-def dense(weight: np.ndarray | Weight) -> np.ndarray:
-    """The matrix that any weight stands for."""
-    return weight if isinstance(weight, np.ndarray) else weight.dense()
-
-
-def unwrap(weight: np.ndarray | Weight) -> tuple[np.ndarray, bool]:
-    """The array behind a table or a gain, and whether it learns, then as a whole. TypeError for one that carries an
-    adapter: adapters are for what multiplies."""
-    if isinstance(weight, np.ndarray):
-        return weight, True
-    if weight.arrays().keys() - {"weight"}:
-        raise TypeError(f"{weight!r} is used as a table or gain, where an adapter has no meaning")
-    return weight.dense(), learns(weight)
-
-
 def freeze(params: Params) -> dict[str, Any]:
     """The same parameters, none of which learns. A LoRA keeps its adapter, as arrays that do not learn are not a
     LoRA any more: merge or detach it first (ValueError)."""
-    for name, weight in params.items():
-        if not isinstance(weight, np.ndarray) and weight.arrays():
-            raise ValueError(f"{name} is {weight!r}, which learns: merge or detach its adapter before freezing")
+    refuse_adapters(params)
     return {name: Frozen(w) if isinstance(w, np.ndarray) else w for name, w in params.items()}
 
 
@@ -119,20 +102,50 @@ def thaw(params: Params) -> dict[str, Any]:
     return {name: w.array if isinstance(w, Frozen) else w for name, w in params.items()}
 
 
-def learns(weight: np.ndarray | Weight) -> bool:
-    return isinstance(weight, np.ndarray) or bool(weight.arrays())
+# From here on a weight may also be a torch tensor, or one of the twins' weights: what follows asks for members only.
 
 
-def trainable(params: Params) -> Arrays:
+def is_array(weight: Any) -> bool:
+    """Whether this is an array, all of which learns, and no weight with members of its own."""
+    return not hasattr(weight, "with_arrays")
+
+
+def dense(weight: Any) -> Any:
+    """The matrix that any weight stands for."""
+    return weight if is_array(weight) else weight.dense()
+
+
+def unwrap(weight: Any) -> tuple[Any, bool]:
+    """The array behind a table or a gain, and whether it learns, then as a whole. TypeError for one that carries an
+    adapter: adapters are for what multiplies."""
+    if is_array(weight):
+        return weight, True
+    if weight.arrays().keys() - {"weight"}:
+        raise TypeError(f"{weight!r} is used as a table or gain, where an adapter has no meaning")
+    return weight.dense(), learns(weight)
+
+
+def learns(weight: Any) -> bool:
+    return is_array(weight) or bool(weight.arrays())
+
+
+def refuse_adapters(params: Mapping[str, Any]) -> None:
+    """ValueError for a weight in which something learns beside a base that does not."""
+    for name, weight in params.items():
+        if not is_array(weight) and weight.arrays():
+            raise ValueError(f"{name} is {weight!r}, which learns: merge or detach its adapter before freezing")
+
+
+def trainable(params: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that learns: {"….q_proj.weight": W} for an ndarray, {"….q_proj.lora_A.weight": A, …} for a LoRA."""
     return {
         full: array
         for name, weight in params.items()
-        for full, array in _named(name, weight if isinstance(weight, np.ndarray) else weight.arrays()).items()
+        for full, array in _named(name, weight if is_array(weight) else weight.arrays()).items()
     }
 
 
-def replace(params: Params, arrays: Arrays) -> dict[str, Any]:
+def replace(params: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `trainable`: the same parameters with these values in what learns.
 
     Raises KeyError for a name that does not learn, ValueError for another shape."""
@@ -141,10 +154,10 @@ def replace(params: Params, arrays: Arrays) -> dict[str, Any]:
         if full not in found:
             raise KeyError(f"{full!r} is not a trainable array of these parameters")
         if array.shape != found[full].shape:
-            raise ValueError(f"{full!r}: shape {array.shape}, needed {found[full].shape}")
+            raise ValueError(f"{full!r}: shape {tuple(array.shape)}, needed {tuple(found[full].shape)}")
     replaced: dict[str, Any] = {}
     for name, weight in params.items():
-        if isinstance(weight, np.ndarray):
+        if is_array(weight):
             replaced[name] = arrays.get(name, weight)
         else:
             parts = weight.arrays()
@@ -184,12 +197,12 @@ def gradients(contributions: Iterable[tuple[str, Cotangent]]) -> Arrays:
     return total
 
 
-def _named(name: str, parts: Cotangent) -> Arrays:
+def _named(name: str, parts: Any) -> dict[str, Any]:
     if parts is None:
         return {}
-    if isinstance(parts, np.ndarray):
-        return {name: parts}
-    return {_full(name, part): array for part, array in parts.items()}
+    if isinstance(parts, dict):
+        return {_full(name, part): array for part, array in parts.items()}
+    return {name: parts}
 
 
 def _full(name: str, part: str) -> str:
