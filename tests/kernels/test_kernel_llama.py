@@ -13,7 +13,7 @@ import torch
 from minift.data.batches import pack, pad
 from minift.models import llama as reference
 from minift.nn.attention import KVCache
-from minift.nn.weight import Frozen, replace, thaw, trainable
+from minift.nn.weight import Frozen, dense, replace, thaw, trainable
 from minift.peft import lora, qlora
 from minift.train import engine, sft
 from minift.train.loop import Settings, fit
@@ -160,6 +160,27 @@ def test_the_loss_of_a_packed_batch_and_its_gradient(recompute):
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         close(gradient, wanted[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_activations_of_16_bits_and_weights_that_learn_in_32(kind, dtype):
+    """Loss and gradients are off by no more than what weights changed by √K u of 16 bits do to them, both ways."""
+    params, batch, rng = model(UNTIED, kind, dtype=np.float32), pad(examples()), np.random.default_rng(0)
+    size = np.sqrt(24) * torch.finfo(dtype).eps / 2
+    matrices = {
+        name: dense(w) * (1 + size * rng.choice([-1, 1], w.shape)).astype(np.float32) for name, w in params.items()
+    }
+    results = []
+    for given, activations in ((params, torch.float32), (params, dtype), (matrices, torch.float32)):
+        value, vjp = torch_sft.loss(from_numpy(given, dtype=activations), batch, UNTIED, dtype=activations)
+        results.append((value, vjp(1.0)))
+    (exact, gradients), (found, narrow), (moved, shifted) = results
+    assert abs(found - exact) <= 4 * max(abs(moved - exact), size)
+    assert all(gradient.dtype == torch.float32 for gradient in narrow.values())
+    if kind == "full":  # where the shifted model has the same gradients
+        apart = max(float((shifted[n] - g).norm() / g.norm()) for n, g in gradients.items())
+        assert all((narrow[n] - g).norm() <= 4 * apart * g.norm() for n, g in gradients.items())
 
 
 def run(params, config, on, steps=20, folder=None, **options):

@@ -22,9 +22,14 @@ def linear(
     dropout_key: int | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """y = x Wᵀ + b; the weight may be quantized or carry an adapter. `dropout_key` reaches a LoRA's dropout."""
+    """y = x Wᵀ + b; the weight may be quantized or carry an adapter. `dropout_key` reaches a LoRA's dropout.
+
+    W and b of another type than x's are rounded to it, and their gradients come back in their own: weights that learn
+    in float32 multiply in 16 bits."""
     backends.choose(backend, x.device, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     if isinstance(weight, Tensor):
+        weight = weight.to(x.dtype)
         flat = functional.linear(backends.rows(x), weight, bias)  # a matrix: then the bias is added before rounding
         return flat.view(*x.shape[:-1], len(weight))
     y = weight.linear(x, dropout_key, backend=backend)

@@ -61,7 +61,7 @@ def linear_cross_entropy(
     decoded once, to the type of x."""
     how = backends.choose(backend, x.device, x.dtype)
     if isinstance(weight, Tensor) or not weight.arrays().keys() - {"weight"}:
-        matrix = weight if isinstance(weight, Tensor) else weight.dense(x.dtype)
+        matrix = weight.to(x.dtype) if isinstance(weight, Tensor) else weight.dense(x.dtype)
         keep = torch.is_grad_enabled() and not recompute
         keeps = keep and x.requires_grad, keep and matrix.requires_grad
         total, _, _ = _linear_cross_entropy(x, matrix, labels, *keeps, how)
