@@ -4,9 +4,9 @@ Steps follow each other as in a training loop, without a graph: Python, the tabl
 time, which is what counts for a few small tensors (adapters); for many bytes they hide behind the kernel of the step
 before. A graph would also keep the number of the step.
 
-**The same work?** In float32 both move the same bytes, and parameters are compared after the first step: PyTorch's roots
-and quotients are not always the nearest numbers. With bfloat16 parameters its moments are bfloat16 too: it moves 14
-bytes a parameter where ours moves 22, and only rounding holds the results together.
+**The same work?** In float32 both move the same bytes, and parameters are compared after the first step, within a
+bound: PyTorch's roots and quotients are not always the nearest numbers. With bfloat16 parameters its moments are
+bfloat16 too: it moves 14 bytes a parameter where ours moves 22.
 
 This has not been run yet: it needs a CUDA device, and no figure of it is quoted anywhere.
 """

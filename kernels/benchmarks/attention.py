@@ -43,7 +43,9 @@ def rows(on: Machine, replays: int) -> list[Row]:
             made = partial(_queries, on, batch, tokens, d)
             given = [(made(heads), made(kv_heads), made(kv_heads)) for _ in on.sets(size)]
             inputs = [(torch.randn_like(q), q, k, v) for q, k, v in given]
-            about = f"{'packed' if packed else 'causal'}, {batch} x {tokens} tokens, {heads} and {kv_heads} heads of {d}"
+            about = (
+                f"{'packed' if packed else 'causal'}, {batch} x {tokens} tokens, {heads} and {kv_heads} heads of {d}"
+            )
             functions, exact = contenders(on, visible, texts, d), plain(visible)
             wanted = in_float32(forward(exact), *given[0])
             values = {what: forward(f) for what, f in functions.items()}
@@ -51,9 +53,7 @@ def rows(on: Machine, replays: int) -> list[Row]:
             wanted = in_float32(both(exact), *inputs[0])
             gradients = {what: both(f) for what, f in functions.items()}
             operations, moved = 14 * d * pairs, 3 * size
-            found += compare(
-                on, f"{about}, both passes", moved, operations, gradients, inputs, replays, wanted, WITHIN
-            )
+            found += compare(on, f"{about}, both passes", moved, operations, gradients, inputs, replays, wanted, WITHIN)
             mapping = partial(attention.tile_map, visible, d, DTYPE, backend=on.backend)
             found.append(row(on, "minift", f"{about}, map of tiles", visible.nbytes, 0, [mapping], replays))
     return found

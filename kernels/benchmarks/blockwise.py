@@ -1,6 +1,6 @@
 """Block-wise quantization on a GPU, both ways, beside bitsandbytes; `timing.py` says how, `run.py` runs it.
 
-Bytes are those that must move: numbers, codes and scales, once each. Decoded numbers must have the same bits everywhere.
+Bytes are those that must move: numbers, codes and scales, once each. Decoded numbers have the same bits everywhere.
 Codes need not: where a number lies exactly between two entries, bitsandbytes' kernel takes now the one, now the other.
 
 This has not been run yet: it needs a CUDA device, and no figure of it is quoted anywhere.

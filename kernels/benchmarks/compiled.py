@@ -74,7 +74,12 @@ def of_blockwise(dtype: torch.dtype) -> Launches:
 
 
 def of_norms(dtype: torch.dtype) -> Launches:
-    x, gain, of_row, parts = empty(TOKENS, WIDTH, dtype=dtype), empty(WIDTH, dtype=dtype), empty(TOKENS), empty(256, WIDTH)
+    x, gain, of_row, parts = (
+        empty(TOKENS, WIDTH, dtype=dtype),
+        empty(WIDTH, dtype=dtype),
+        empty(TOKENS),
+        empty(256, WIDTH),
+    )
     for name, shift in (("rms_norm", None), ("layer_norm", gain)):
         yield name, norms.forward_launch(x, of_row, of_row, x, gain, shift, 1e-5, "triton")
         gradients, centered = (x, parts, parts), shift is not None

@@ -50,7 +50,9 @@ def rows(on: Machine, replays: int) -> list[Row]:
 
 def contenders(on: Machine, n: int) -> dict[str, Callable]:
     """Functions of x, the quantized matrix and the decoded one: x Ŵᵀ."""
-    matvec, matmul = (backends.load(name, on.backend) for name in (nf4_matmul.MATVEC_KERNELS, nf4_matmul.MATMUL_KERNELS))
+    matvec, matmul = (
+        backends.load(name, on.backend) for name in (nf4_matmul.MATVEC_KERNELS, nf4_matmul.MATMUL_KERNELS)
+    )
     found: dict[str, Callable] = {"minift": lambda x, q, W: q.linear(x, backend=on.backend)}
     if n <= matvec.MOST_ROWS:
         for step in range(1, matvec.LAST + 1):
@@ -74,9 +76,7 @@ def gradients(on: Machine) -> dict[str, Callable]:
     return found
 
 
-def launched(
-    on: Machine, make: Callable, step: int, x: torch.Tensor, q: NF4Tensor, W: torch.Tensor
-) -> torch.Tensor:
+def launched(on: Machine, make: Callable, step: int, x: torch.Tensor, q: NF4Tensor, W: torch.Tensor) -> torch.Tensor:
     """By one step of a ladder, shared among as many programs as the last one is."""
     codes, absmax, *nested, shape, block_size, nested_block_size = nf4._parts(q)
     (d_out, d_in), n = shape, len(x)

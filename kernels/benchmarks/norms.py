@@ -67,5 +67,7 @@ def contenders(name: str, backend: str) -> dict[str, Callable]:
         from liger_kernel.transformers.functional import liger_layer_norm, liger_rms_norm
     except ImportError:
         return found
-    theirs = partial(liger_rms_norm, eps=EPS, in_place=False) if name == "rms_norm" else partial(liger_layer_norm, eps=EPS)
+    theirs = (
+        partial(liger_rms_norm, eps=EPS, in_place=False) if name == "rms_norm" else partial(liger_layer_norm, eps=EPS)
+    )
     return found | {"liger": theirs}

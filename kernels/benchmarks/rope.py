@@ -61,7 +61,9 @@ def turn(backend: str) -> Callable:
 def plain(q, k, cos, sin, wide_cos, wide_sin) -> list[torch.Tensor]:
     """As transformers' Llama does it: x cos + (−x₂, x₁) sin, with angles in the type of x, each of them twice."""
     halves = ((x, x.chunk(2, dim=-1)) for x in (q, k))
-    return [x * wide_cos[:, None] + torch.cat([-second, first], dim=-1) * wide_sin[:, None] for x, (first, second) in halves]
+    return [
+        x * wide_cos[:, None] + torch.cat([-second, first], dim=-1) * wide_sin[:, None] for x, (first, second) in halves
+    ]
 
 
 def _queries(on: Machine, batch: int, tokens: int, d: int, heads: int) -> torch.Tensor:

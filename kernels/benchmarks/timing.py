@@ -163,7 +163,7 @@ def compare(
 
 
 def agreement(found: Any, wanted: Any) -> Row:
-    """Are a tensor's, or several tensors', bits the same; and the largest difference, relative to the largest number."""
+    """Are the bits of a tensor, or of several, the same; and the largest difference, relative to the largest number."""
     pairs = [(found, wanted)] if isinstance(wanted, Tensor) else list(zip(found, wanted, strict=True))
     assert all(x.shape == y.shape for x, y in pairs), [(tuple(x.shape), tuple(y.shape)) for x, y in pairs]
     with torch.no_grad():
