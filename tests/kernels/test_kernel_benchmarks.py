@@ -6,6 +6,7 @@ replaced by PyTorch's functions under its names.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import json
@@ -69,6 +70,12 @@ def made_up(calls, replays, captured=True):
 
 
 @pytest.fixture(scope="module")
+def timed(timing):
+    """The function itself, before others take its place."""
+    return timing.timed
+
+
+@pytest.fixture(scope="module")
 def real(patch):
     """What the targets name, and tests change."""
     import nf4
@@ -78,7 +85,7 @@ def real(patch):
 
 
 @pytest.fixture(scope="module")
-def rows(patch, run, timing, machine, real):
+def rows(patch, run, timing, timed, machine, real):
     """family -> its rows, made once."""
     patch.setattr(timing, "timed", made_up)
     patch.setattr(torch, "compile", lambda f, **_: f)
@@ -215,6 +222,42 @@ def test_nan_is_not_right(timing, machine, rows):
     x = torch.ones(3)
     with pytest.raises(AssertionError, match="off by nan"):
         timing.compare(machine, "nan", 1, 1, {"minift": lambda x: x * torch.nan}, [(x,)], 3, x, 0.1)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_figure_is_the_median_of_replays(timed, monkeypatch, captured):
+    """With a CUDA that says what it is told to: 6, 2 and 4 ms for two calls."""
+    done, milliseconds = [], [6.0, 2.0, 4.0]
+    monkeypatch.setattr(torch, "cuda", cuda(done, milliseconds))
+    found = timed([lambda: done.append("a"), lambda: done.append("b")], 3, captured)
+    assert (found["seconds"], found["fastest"], found["slowest"]) == (2e-3, 1e-3, 3e-3)
+    assert (found["sets"], found["replays"], found["peak_bytes"]) == (2, 3, 70)
+    before = [*"ab", "a", *"ab"]  # warm, for the memory, for the time of starting one
+    assert done == before + ([*"ab"] + ["replay"] * 4 if captured else [*"ab"] * 4)
+
+
+def test_slow_contenders_are_replayed_less(timed, monkeypatch):
+    monkeypatch.setattr(torch, "cuda", cuda([], [2000.0] * 50))
+    assert timed([lambda: None], 50)["replays"] == 3
+    monkeypatch.setattr(torch, "cuda", cuda([], [500.0] * 50))
+    assert timed([lambda: None], 50)["replays"] == 6, "three seconds"
+
+
+def cuda(done, milliseconds):
+    """As much of torch.cuda as is used; `milliseconds` are between the two events of a replay."""
+    times = iter(milliseconds)
+    event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: next(times))
+    return types.SimpleNamespace(
+        Stream=lambda: "a stream",
+        stream=contextlib.nullcontext,
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 30,
+        max_memory_allocated=lambda: 100,
+        CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: done.append("replay")),
+        graph=lambda graph, stream: contextlib.nullcontext(),
+        Event=lambda enable_timing: event,
+    )
 
 
 def test_the_floor_is_the_longer_time(machine):
