@@ -79,7 +79,6 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def packed_peers(texts: torch.Tensor) -> dict[str, Callable]:
     """Functions of q, k and v for texts that stand one after the other in each row."""
     batch, tokens = texts.shape
-
     mask = create_block_mask(same_text(texts), batch, None, tokens, tokens, device=texts.device)
     flex = compiled(partial(flex_attention, block_mask=mask, enable_gqa=True))
     starts = texts.diff(dim=1, prepend=texts.new_full((batch, 1), -1)).flatten().nonzero().flatten()
