@@ -1,153 +1,85 @@
-"""QLoRA's linear layer on a GPU, forward and backward, beside PEFT on bitsandbytes, in one run.
+"""QLoRA's linear layer on a GPU, forward and backward, beside PEFT on bitsandbytes; `timing.py` says how.
 
-    python kernels/benchmarks/lora.py                   prints a table, writes runs/lora_<device>.json
+The base is in NF4 with double-quantized scales: `minift_kernels.modules.QLoRALinear`, and PEFT's layer over
+`bitsandbytes.nn.Linear4bit` with the same A and B and the same x. Calls follow each other without a graph, so that time
+contains what Python and launching take where the GPU would wait for them, as in a training step. Dropout is timed with
+and without, as PEFT's mask is stored and ours is not; results are compared without.
 
 This has not been run yet: it needs a CUDA device, and no figure of it is quoted anywhere.
-
-**What is timed.** y = layer(x), and y with the gradients of x, A and B, for one linear layer whose base is in NF4 with
-double-quantized scales: `minift_kernels.modules.QLoRALinear`, and PEFT's layer over `bitsandbytes.nn.Linear4bit` with
-the same A and B and the same x. Without dropout their results are compared; `difference` is the largest one of y,
-divided by the largest y.
-
-A figure is the median over the repeats of a CUDA event before and after, with the fastest and the slowest; between
-repeats the L2 cache is overwritten. It contains what Python and launching take where the GPU would wait for them, as
-in a training step without graphs. Dropout is timed with and without, as PEFT's mask is stored and ours is not. `peak`
-is the memory that forward and backward allocated on top of what was there.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
-import triton
-import tyro
-from rich.console import Console
-from rich.table import Table
+from timing import Machine, Row, agreement, forward, row
 
 from minift_kernels.modules import QLoRALinear
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # (out, in): attention, and the two sides of an MLP
+ROWS = (1, 16, 512, 8192)  # a token, a batch of them, a short and a long batch of training
+DROPOUT = (0.0, 0.1)
+R = 16
+DTYPE = torch.bfloat16
+WITHIN = 2**-5  # of the largest number: theirs rounds to 16 bits after every product
 KEY = 12345
 
-Row = dict[str, Any]
-Call = Callable[[], Any]
+# How a layer is called.
+CALLS: dict[str, Callable] = {
+    "minift": lambda layer, x: layer(x, KEY),
+    "PEFT, bitsandbytes": lambda layer, x: layer(x),
+}
 
 
-@dataclass
-class Benchmark:
-    """Time QLoRA's linear layer beside PEFT and bitsandbytes."""
+def rows(on: Machine, replays: int) -> list[Row]:
+    """The forward pass alone, and both passes; x, A and B learn."""
+    found = []
+    for d_out, d_in in SHAPES:
+        linear = torch.nn.Linear(d_in, d_out, bias=False, device=on.device)
+        for p in DROPOUT:
+            ours = QLoRALinear.from_linear(linear, R, 2 * R, lora_dropout=p, backend=on.backend)
+            torch.nn.init.normal_(ours.lora_B.weight, std=0.02)
+            theirs = peft_layer(linear, ours, p)
+            kept = sum(part.nbytes for part in (*ours.buffers(), *ours.parameters()))
+            copies = {
+                what: [deepcopy(layer) for _ in on.sets(kept)]
+                for what, layer in zip(CALLS, (ours, theirs), strict=True)
+            }
+            for n in ROWS:
+                moved = kept + DTYPE.itemsize * n * (d_in + d_out)
+                operations = 2 * n * (d_in * d_out + R * (d_in + d_out))
+                about = f"{n} rows, {d_in} to {d_out}, dropout {p:g}"
+                data = [
+                    (on.random(n, d_out, dtype=DTYPE), on.random(n, d_in, dtype=DTYPE, learns=True))
+                    for _ in on.sets(moved)
+                ]
+                for passes, f, products in (("", value, 1), (", both passes", gradients, 2)):
+                    agreed = [f(CALLS[what], *data[0], copies[what][0].eval()) for what in CALLS]
+                    off = agreement(*agreed)["difference"]
+                    assert off <= WITHIN, f"{about}: off by {off:.2g} from PEFT's"
+                    for what in CALLS:
+                        calls = [
+                            partial(f, CALLS[what], *one, layer.train())
+                            for one, layer in zip(data, copies[what], strict=False)
+                        ]
+                        about_both, floor = about + passes, (products * moved, products * operations)
+                        timed = row(on, what, about_both, *floor, calls, replays, captured=False)
+                        found.append(timed | {"difference": off})
+    return found
 
-    rows: tuple[int, ...] = (1, 16, 512, 8192)
-    """Rows of x: a token, a batch of them, a short and a long batch of training."""
-    r: int = 16
-    """The rank."""
-    lora_dropout: tuple[float, ...] = (0.0, 0.1)
-    """Probabilities to time."""
-    repeats: int = 50
-    """How often each call is timed."""
-    out: Path | None = None
-    """Where the results go; runs/lora_<device>.json if not given."""
 
-    def run(self) -> None:
-        if not torch.cuda.is_available():
-            raise SystemExit("kernels/benchmarks/lora.py needs a CUDA device")
-        import bitsandbytes
+def value(call: Callable, dy: torch.Tensor, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    return forward(call)(layer, x)
 
-        import peft
 
-        properties = torch.cuda.get_device_properties(0)
-        self.flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
-        rows = [
-            row
-            for shape in SHAPES
-            for p in self.lora_dropout
-            for n_rows in self.rows
-            for row in self.layer(shape, n_rows, p)
-        ]
-        machine = {
-            "device": properties.name,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "peft": peft.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
-        self.show(rows, properties.name)
-        name = re.sub(r"\W+", "_", properties.name).strip("_")
-        out = self.out or Path(f"runs/lora_{name}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-
-    def layer(self, shape: tuple[int, int], n_rows: int, p: float) -> list[Row]:
-        """All contenders for one layer, on the same numbers, in bfloat16 with A and B in float32."""
-        d_out, d_in = shape
-        linear = torch.nn.Linear(d_in, d_out, bias=False, device="cuda")
-        ours = QLoRALinear.from_linear(linear, self.r, 2 * self.r, lora_dropout=p)
-        torch.nn.init.normal_(ours.lora_B.weight, std=0.02)
-        theirs = peft_layer(linear, ours, p)
-        x = torch.randn(n_rows, d_in, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(n_rows, d_out, device="cuda", dtype=torch.bfloat16)
-        A, B = ours.lora_A.weight, ours.lora_B.weight
-        contenders: dict[str, tuple[Callable, list[torch.Tensor]]] = {
-            "minift_kernels": (lambda: ours(x, KEY), [x, A, B]),
-            "PEFT, bitsandbytes": (lambda: theirs(x), [x, *(t for t in theirs.parameters() if t.requires_grad)]),
-        }
-        about = {"shape": [d_out, d_in], "rows": n_rows, "r": self.r, "lora_dropout": p}
-        wanted, found = theirs.eval()(x), ours.eval()(x)
-        difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
-        ours.train()
-        theirs.train()
-        results = []
-        for name, (forward, learning) in contenders.items():
-
-            def both(forward=forward, learning=learning):
-                return torch.autograd.grad(forward(), learning, dy)
-
-            row = about | {"what": name, "forward": self.timed(forward), "both": self.timed(both)}
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            both()
-            row["peak"] = torch.cuda.max_memory_allocated() - before
-            results.append(row | {"difference": difference})
-        return results
-
-    def timed(self, call: Call) -> Row:
-        """Seconds of a call: median, fastest and slowest."""
-        for _ in range(3):
-            call()
-        times = []
-        for _ in range(self.repeats):
-            self.flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-
-    def show(self, rows: list[Row], device: str) -> None:
-        table = Table(title=f"QLoRA's linear layer on {device}, r = {self.r}, bfloat16")
-        for heading in ("layer", "rows", "dropout", "", "forward, µs", "and backward, µs", "peak, MB"):
-            table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
-        for row in rows:
-            table.add_row(
-                f"{row['shape'][0]} x {row['shape'][1]}",
-                str(row["rows"]),
-                f"{row['lora_dropout']:g}",
-                row["what"],
-                f"{row['forward']['seconds'] * 1e6:.1f}",
-                f"{row['both']['seconds'] * 1e6:.1f}",
-                f"{row['peak'] / 1e6:.1f}",
-            )
-        Console().print(table)
+def gradients(call: Callable, dy: torch.Tensor, x: torch.Tensor, layer: torch.nn.Module) -> Any:
+    """Of x, A and B."""
+    learning = [t for t in layer.parameters() if t.requires_grad]
+    return torch.autograd.grad(call(layer, x), [x, *learning], dy)
 
 
 def peft_layer(linear: torch.nn.Linear, ours: QLoRALinear, p: float) -> torch.nn.Module:
@@ -160,7 +92,7 @@ def peft_layer(linear: torch.nn.Linear, ours: QLoRALinear, p: float) -> torch.nn
         linear.in_features,
         linear.out_features,
         bias=False,
-        compute_dtype=torch.bfloat16,
+        compute_dtype=DTYPE,
         compress_statistics=True,
         quant_type="nf4",
     )
@@ -173,7 +105,3 @@ def peft_layer(linear: torch.nn.Linear, ours: QLoRALinear, p: float) -> torch.nn
         layer.lora_A["default"].weight.copy_(ours.lora_A.weight)
         layer.lora_B["default"].weight.copy_(ours.lora_B.weight)
     return layer.to(linear.weight.device)
-
-
-if __name__ == "__main__":
-    tyro.cli(Benchmark).run()

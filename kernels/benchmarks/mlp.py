@@ -5,17 +5,24 @@ This has not been run yet: it needs a CUDA device, and no figure of it is quoted
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from timing import Machine, Row, row, sets
+from timing import Machine, Row, both, compare, compiled, forward, in_float32
 from torch.nn import functional
 
 from minift_kernels.nn import mlp
 
 SHAPES = ((2048, 8192), (8192, 14336))  # tokens, features between the two halves of the block
 DTYPE = torch.bfloat16
+WITHIN = 2**-6  # of the largest number: PyTorch rounds to 16 bits between its operations, ours and Liger at the end
+
+PLAIN: dict[str, Callable] = {
+    "swiglu": lambda gate, up: functional.silu(gate) * up,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 def rows(on: Machine, replays: int) -> list[Row]:
@@ -24,29 +31,30 @@ def rows(on: Machine, replays: int) -> list[Row]:
     for name, n_inputs in (("swiglu", 2), ("gelu", 1), ("gelu_tanh", 1)):
         for shape in SHAPES:
             size = DTYPE.itemsize * shape[0] * shape[1]
+            # the cotangent first, then what the function is given
             inputs = [
-                [torch.randn(shape, dtype=DTYPE, device="cuda", requires_grad=True) for _ in range(n_inputs + 1)]
-                for _ in range(sets(4 * on.l2_bytes, size))
+                [on.random(*shape, dtype=DTYPE, learns=i > 0) for i in range(1 + n_inputs)] for _ in on.sets(size)
             ]
-            about = f"{name}, {shape[0]} x {shape[1]}"
-            for what, f in contenders(name).items():
-                calls = [functools.partial(_forward, f, *args) for *args, _ in inputs]
-                found.append(row(on, what, about, (n_inputs + 1) * size, 0, calls, replays))
-            for what, f in contenders(name).items():
-                calls = [functools.partial(_both, f, dy.detach(), *args) for *args, dy in inputs]
-                moved = (n_inputs + 1) * size + (2 * n_inputs + 1) * size
-                found.append(row(on, what, f"{about}, both passes", moved, 0, calls, replays))
+            about, once = f"{name}, {shape[0]} x {shape[1]}", (n_inputs + 1) * size
+            functions = contenders(name, on.backend)
+            given = [args for _, *args in inputs]
+            wanted = in_float32(forward(PLAIN[name]), *given[0])
+            values = {what: forward(f) for what, f in functions.items()}
+            found += compare(on, about, once, 0, values, given, replays, wanted, WITHIN)
+            moved = once + (2 * n_inputs + 1) * size
+            wanted = in_float32(both(PLAIN[name]), *inputs[0])
+            gradients = {what: both(f) for what, f in functions.items()}
+            found += compare(on, f"{about}, both passes", moved, 0, gradients, inputs, replays, wanted, WITHIN)
     return found
 
 
-def contenders(name: str) -> dict[str, Callable]:
+def contenders(name: str, backend: str) -> dict[str, Callable]:
     """Functions of the inputs, ours first; Liger's if it is installed."""
-    plain: dict[str, Callable] = {
-        "swiglu": lambda gate, up: functional.silu(gate) * up,
-        "gelu": functional.gelu,
-        "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    found = {
+        "minift": partial(getattr(mlp, name), backend=backend),
+        "torch": PLAIN[name],
+        "torch.compile": compiled(PLAIN[name]),
     }
-    found = {"minift": getattr(mlp, name), "torch": plain[name], "torch.compile": torch.compile(plain[name])}
     if name == "swiglu":
         try:
             from liger_kernel.transformers.functional import liger_swiglu
@@ -54,12 +62,3 @@ def contenders(name: str) -> dict[str, Callable]:
             return found
         found["liger"] = liger_swiglu
     return found
-
-
-def _forward(f: Callable, *args: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return f(*args)
-
-
-def _both(f: Callable, dy: torch.Tensor, *args: torch.Tensor) -> tuple:
-    return torch.autograd.grad(f(*args), args, dy)

@@ -1,90 +1,71 @@
-"""Rotary positions on a GPU, forward and backward, beside plain PyTorch, Liger (where installed) and a copy.
+"""Rotary positions on a GPU, of queries and keys, beside PyTorch, torch.compile and Liger; `timing.py` says how.
 
-    python kernels/benchmarks/rope.py                   prints a table
+Bytes are those that must move: queries and keys, read once and written once, in each pass. Liger turns both in one
+launch and in their own memory, so it comes last; ours are two launches into new memory.
 
 This has not been run yet: it needs a CUDA device, and no figure of it is quoted anywhere.
-
-A figure is the median time of one call, between two events, over several calls after a warm-up. Bytes are those that
-must move: x and y, once each. `copy` moves as many.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
+from timing import Machine, Row, both, compare, compiled, forward, in_float32
 
 from minift_kernels.nn import rope
 
-SHAPES = ((8, 9, 2048, 64), (4, 32, 2048, 128), (1, 32, 16384, 128))  # batch, heads, tokens, features of a head
+# batch, query heads, key heads, tokens, features of a head: SmolLM2, Llama 3 8B, one long text
+SHAPES = ((8, 9, 3, 2048, 64), (4, 32, 8, 2048, 128), (1, 32, 8, 16384, 128))
+DTYPE = torch.bfloat16
+WITHIN = 2**-6  # of the largest number: Liger and PyTorch turn by angles of 16 bits
 
 
-@dataclass
-class Benchmark:
-    """Time the rotation of queries beside plain PyTorch, Liger and a copy."""
-
-    dtype: str = "bfloat16"
-    """float16, bfloat16 or float32."""
-    calls: int = 50
-    """How often each is timed."""
-
-    def run(self) -> None:
-        if not torch.cuda.is_available():
-            raise SystemExit("kernels/benchmarks/rope.py needs a CUDA device")
-        table = Table(title=f"Rotary positions on {torch.cuda.get_device_name()}, {self.dtype}")
-        for heading in ("shape", "", "µs", "GB/s"):
-            table.add_column(heading, justify="left" if heading in ("shape", "") else "right")
-        for shape in SHAPES:
-            for name, call, bytes_moved in self.contenders(shape, getattr(torch, self.dtype)):
-                seconds = median_time(call, self.calls)
-                table.add_row(str(shape), name, f"{seconds * 1e6:,.1f}", f"{bytes_moved / seconds / 1e9:,.0f}")
-        Console().print(table)
-
-    def contenders(self, shape: tuple, dtype: torch.dtype) -> Iterator[tuple[str, Callable, int]]:
-        batch, heads, tokens, d = shape
-        x = torch.randn(batch, tokens, heads, d, device="cuda", dtype=dtype).transpose(1, 2)
-        learning, dy = x.clone().requires_grad_(), torch.randn_like(x)
-        cos, sin = rope.rotations(torch.arange(tokens, device="cuda")[None], rope.frequencies(d))
-        moved = 2 * x.nbytes
-        for name, how in (("minift", "triton"), ("plain PyTorch", "torch")):
-            yield name, partial(rope.rope, x, cos, sin, backend=how), moved
-            yield f"{name}, and backward", partial(self.both, learning, cos, sin, dy, how), 2 * moved
-        if importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-            angles = [torch.cat([a, a], dim=-1).to(dtype) for a in (cos, sin)]
-            half = x.contiguous()  # Liger turns queries and keys in one launch: here half of the heads are the keys
-            q, k = half[:, : heads // 2], half[:, heads // 2 :]
-            yield "Liger", lambda: liger_rotary_pos_emb(q, k, *angles), moved
-        out = torch.empty_like(x)
-        yield "copy", lambda: out.copy_(x), moved
-
-    def both(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dy: torch.Tensor, how: str) -> Any:
-        return torch.autograd.grad(rope.rope(x, cos, sin, backend=how), x, dy)
+def rows(on: Machine, replays: int) -> list[Row]:
+    """The forward pass alone, and both passes."""
+    found = []
+    for batch, heads, kv_heads, tokens, d in SHAPES:
+        size = DTYPE.itemsize * batch * (heads + kv_heads) * tokens * d
+        cos, sin = rope.rotations(torch.arange(tokens, device=on.device)[None], rope.frequencies(d))
+        angles = (cos, sin, *(torch.cat([a, a], dim=-1).to(DTYPE) for a in (cos, sin)))  # once a model, as in a model
+        made = partial(_queries, on, batch, tokens, d)
+        given = [(made(heads), made(kv_heads), *angles) for _ in on.sets(size)]
+        inputs = [([torch.randn_like(q), torch.randn_like(k)], q, k, *angles) for q, k, *_ in given]
+        about, functions = f"{batch} x {tokens} tokens, {heads} and {kv_heads} heads of {d}", contenders(on.backend)
+        exact = turn("torch")
+        wanted = in_float32(forward(exact), *given[0])
+        values = {what: forward(f) for what, f in functions.items()}
+        found += compare(on, about, 2 * size, 0, values, given, replays, wanted, WITHIN)
+        dy = [x.float() for x in inputs[0][0]]
+        wanted = in_float32(both(exact), dy, *given[0])
+        gradients = {what: both(f) for what, f in functions.items()}
+        found += compare(on, f"{about}, both passes", 4 * size, 0, gradients, inputs, replays, wanted, WITHIN)
+    return found
 
 
-def median_time(call: Callable[[], Any], calls: int) -> float:
-    """Seconds of one call, between two events."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(calls):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+def contenders(backend: str) -> dict[str, Callable]:
+    """Functions of queries, keys, cos, sin, and these as others take them; ours first, Liger's if it is installed."""
+    found = {"minift": turn(backend), "torch": plain, "torch.compile": compiled(plain)}
+    try:
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    except ImportError:
+        return found
+    return found | {"liger": lambda q, k, cos, sin, wide_cos, wide_sin: liger_rotary_pos_emb(q, k, wide_cos, wide_sin)}
 
 
-if __name__ == "__main__":
-    tyro.cli(Benchmark).run()
+def turn(backend: str) -> Callable:
+    return lambda q, k, cos, sin, *_: [rope.rope(x, cos, sin, backend=backend) for x in (q, k)]
+
+
+def plain(q, k, cos, sin, wide_cos, wide_sin) -> list[torch.Tensor]:
+    """As transformers' Llama does it: x cos + (−x₂, x₁) sin, with angles in the type of x, each of them twice."""
+    halves = ((x, x.chunk(2, dim=-1)) for x in (q, k))
+    return [
+        x * wide_cos[:, None] + torch.cat([-second, first], dim=-1) * wide_sin[:, None] for x, (first, second) in halves
+    ]
+
+
+def _queries(on: Machine, batch: int, tokens: int, d: int, heads: int) -> torch.Tensor:
+    """(batch, heads, tokens, d), as a projection leaves them: a token's heads are neighbors in memory."""
+    return on.random(batch, tokens, heads, d, dtype=DTYPE).transpose(1, 2).requires_grad_()
