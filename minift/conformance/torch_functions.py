@@ -1,7 +1,7 @@
 """A function on torch tensors, as the suite wants it: NumPy arrays in, NumPy arrays out.
 
-`differentiable` gives `y, vjp`, whose pullback is autograd's: floating arguments ask for a gradient. `plain` is for what
-is not differentiated, such as a quantizer; `on_tensors` for what may overwrite its arguments, such as a step of an
+`differentiable` gives `y, vjp`, whose pullback is autograd's: floating arguments ask for a gradient. `plain` is for
+what is not differentiated, such as a quantizer; `on_tensors` for what may overwrite its arguments, such as a step of an
 optimizer, and `optimizer` for one with a state. What is no array (a number, a string) is handed on.
 """
 
