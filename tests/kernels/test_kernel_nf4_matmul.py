@@ -381,9 +381,9 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("target", "dtype", "rows"),
     [
-        *(("sm_90", torch.bfloat16, rows) for rows in (16, 64, 2048)),
-        ("sm_80", torch.float16, 2048),
-        ("gfx942", torch.float16, 2048),
+        *(("sm_90", torch.bfloat16, rows) for rows in (16, 2048)),
+        *((target, torch.float16, 2048) for target in ("sm_80", "gfx942")),
+        slow("sm_90", torch.bfloat16, 64),
         *(slow(target, torch.bfloat16, rows) for target in ("sm_80", "gfx942") for rows in (16, 64, 2048)),
         *(slow("sm_90", torch.float16, rows) for rows in (16, 64, 2048)),
         *(slow(target, torch.float16, rows) for target in ("sm_80", "gfx942") for rows in (16, 64)),
@@ -427,7 +427,8 @@ def test_what_is_launched_for_a_few_rows(target, dtype, rows):
     assert fused[0] == fused[1] > 0
 
 
-@pytest.mark.parametrize("make", [nf4_matmul.matmul_launch, slow(nf4_matmul.matvec_launch)], ids=lambda f: f.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [nf4_matmul.matmul_launch, nf4_matmul.matvec_launch], ids=lambda f: f.__name__)
 def test_the_two_roundings_depend_on_the_option(make):
     launch = nf4_matmul.meta_launch(make, 2, SHAPE, torch.bfloat16, nested_block_size=256)
     assert launch.options["enable_fp_fusion"] is False
@@ -471,9 +472,18 @@ def test_every_step_compiles(target):
         assert compiled(nf4_matmul.matvec_launch, 1, target, torch.float16, step=step).widths("store")
 
 
-@pytest.mark.parametrize("shape", [(1000, 333), ((1 << 20) + 5, 4096), slow((4096, 4100)), slow((5, 1))])
-def test_other_sizes_are_other_kernels(shape):
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (nf4_matmul.matmul_launch, (1000, 333)),
+        (nf4_matmul.gradient_launch, ((1 << 20) + 5, 4096)),
+        slow(nf4_matmul.gradient_launch, (1000, 333)),
+        slow(nf4_matmul.matmul_launch, ((1 << 20) + 5, 4096)),
+        *(slow(nf4_matmul.matmul_launch, shape) for shape in ((4096, 4100), (5, 1))),
+        *(slow(nf4_matmul.gradient_launch, shape) for shape in ((4096, 4100), (5, 1))),
+    ],
+)
+def test_other_sizes_are_other_kernels(make, shape):
     """An odd number of features, more than 2³¹ weights, blocks that span rows, and one feature."""
-    for make in (nf4_matmul.matmul_launch, nf4_matmul.gradient_launch):
-        found = aot.compile_launch(nf4_matmul.meta_launch(make, 33, shape, torch.float16, parts=2), "sm_90")
-        assert found.count(TENSOR_CORES["sm_90"]) > 0
+    found = aot.compile_launch(nf4_matmul.meta_launch(make, 33, shape, torch.float16, parts=2), "sm_90")
+    assert found.count(TENSOR_CORES["sm_90"]) > 0
