@@ -1,4 +1,4 @@
-"""P-tuning: prompt tuning through a network that ties the virtual tokens together. (Liu et al. 2021, arXiv 2103.10385, §3)
+"""P-tuning: prompt tuning through a network that ties virtual tokens together.  (Liu et al. 2021, arXiv 2103.10385, §3)
 
     h⁰ = [encoder(E); E[tokens]]        E (p, d) and the encoder learn                                  (1)
     LSTM   encoder(E) = W₂ relu(W₁ [LSTM→(E), LSTM←(E)] + b₁) + b₂                                      (2)
@@ -45,8 +45,8 @@ def attach(
     """The same parameters, frozen, with an encoder that learns. `encoder_hidden_size` is by default the model's width;
     `encoder_num_layers` are those of the LSTM, the MLP always has three.
 
-    E is drawn from N(0, 1), the rest as torch does: uniform in ±1/√in, in the LSTM in ±1/√H. ValueError for a number out
-    of range, another encoder, or parameters of which some learn behind an adapter."""
+    E is drawn from N(0, 1), the rest as torch does: uniform in ±1/√in, in the LSTM in ±1/√H. ValueError for a number
+    out of range, another encoder, or parameters of which some learn behind an adapter."""
     check_count(num_virtual_tokens)
     if encoder not in get_args(Encoder):
         raise ValueError(f"encoder is {encoder!r}, needed one of {get_args(Encoder)}")

@@ -68,7 +68,7 @@ def encode(arrays: Arrays) -> tuple[Float[np.ndarray, "prefix numbers"], Callabl
 def split(
     table: Float[np.ndarray, "prefix numbers"], kv_heads: int, head_dim: int
 ) -> Float[np.ndarray, "layers 2 kv_heads prefix head_dim"]:
-    """PEFT's table as the keys and values that `llama.backbone` takes: a row is layer after layer, keys, then values."""
+    """PEFT's table as the keys and values that `llama.backbone` takes; a row is layer after layer, key, then value."""
     layers = table.shape[1] // (2 * kv_heads * head_dim)
     return table.reshape(len(table), layers, 2, kv_heads, head_dim).transpose(1, 2, 3, 0, 4)
 

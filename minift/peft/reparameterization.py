@@ -2,9 +2,9 @@
 
     table = W_n φ(… φ(W_0 E + b_0) …) + b_n        E: one row a virtual token                           (1)
 
-Li & Liang (2021, §4.3) found a prefix hard to train directly: its numbers are tied to nothing, and the loss is sensitive
-to each. Behind a shared network they move together. The network reads no text, so after training its output is a
-constant: it is computed once, kept, and the network is dropped. Names are those of torch's `Sequential`.
+Li & Liang (2021, §4.3) found a prefix hard to train directly: it was unstable and ended a little worse. Behind a shared
+network all rows move together. The network reads no text, so after training its output is a constant: it is computed
+once, kept, and the network is dropped. Names are those of torch's `Sequential`.
 """
 
 from __future__ import annotations

@@ -17,15 +17,16 @@ in the cache). A prefix is put into the cache directly: no work in the feed-forw
 hold what it needs, not what some token could have caused. Every soft prompt at the input is some prefix (run it, and
 keep the cache); hardly any prefix is a soft prompt at the input. P-tuning v2 (Liu et al. 2021b) is prefix tuning again.
 
-What is the same: the text's own positions begin at p, so that token 0 of the text stands where the p-th token of a typed
-prompt would have its successor; every token of the text sees all virtual tokens; virtual tokens predict nothing, they
-have no labels. Forgetting one of these three is how implementations go wrong.
+What is the same: the text's own positions begin at p, as behind a typed prompt of p tokens; every token of the text sees
+all virtual tokens; virtual tokens predict nothing, they have no labels. Forgetting one of these three is how
+implementations go wrong.
 
 And neither is an adapter: no weight changes, nothing can be merged, and p positions of the context are spent.
 
-In here a soft prompt is a few more entries of the parameters, arrays that learn beside frozen weights, under names that
-PEFT uses; `llama.backbone` finds them and calls `prepend`. So training, checkpoints and generation need no code of their
-own. `detach` takes the prompt off as a value for a file, `insert` puts it on, `fold` replaces an encoder by its output.
+In here a soft prompt is a few more entries of the parameters, arrays that learn beside frozen weights, under PEFT's
+names (`prefix_embeddings` is ours: PEFT calls both kinds of table `prompt_embeddings`). `llama.backbone` finds them and
+calls `prepend`, so training, checkpoints and generation need no code of their own. `detach` takes the prompt off as a
+value for a file, `insert` puts it on, `fold` replaces an encoder by its output.
 """
 
 from __future__ import annotations
