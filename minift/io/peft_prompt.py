@@ -53,8 +53,8 @@ def save_prompt(
 ) -> None:
     """Write a soft prompt that PEFT's `PeftModel.from_pretrained` reads. The folder appears whole or not at all.
 
-    Raises FormatError for a table that does not fit a model of this `config`, has no rows (PEFT knows no such prompt) or
-    holds NaN or infinity, and for a folder that is not empty, unless `overwrite`."""
+    Raises FormatError for a table that does not fit a model of this `config`, has no rows (PEFT knows no such prompt)
+    or holds NaN or infinity, and for a folder that is not empty, unless `overwrite`."""
     folder = Path(folder)
     _check(folder, prompt, config)
     if not len(prompt.table):
@@ -79,13 +79,13 @@ def save_prompt(
 def load_prompt(folder: Path | str, config: Config | None = None) -> SoftPrompt:
     """Read a soft prompt that PEFT or `save_prompt` wrote.
 
-    Raises FormatError for another method, an option that changes what the tensor means, a number of rows that is not the
-    configured one, a tensor too few or too many, NaN or infinity; given the base model's `config`, also for a prompt
-    that was made for a model of other sizes."""
+    Raises FormatError for another method, an option that changes what the tensor means, a number of rows that is not
+    the configured one, a tensor too few or too many, NaN or infinity; given the base model's `config`, also for a
+    prompt that was made for a model of other sizes."""
     folder = Path(folder)
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
-    kind = fields.values.get("peft_type")
-    if kind not in get_args(Kind):
+    kind = next((kind for kind in get_args(Kind) if kind == fields.values.get("peft_type")), None)
+    if kind is None:
         raise fields.error("peft_type", f"one of {', '.join(get_args(Kind))}")
     for key in sorted(fields.values.keys() - READ - NO_MATTER):
         fields.refuse(key, (False, "none", {}, []), "it unset: this variant is not supported")

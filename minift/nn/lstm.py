@@ -116,8 +116,8 @@ lstm = lstm_2
 
 def bidirectional_lstm(
     x: Float[np.ndarray, "batch tokens d_in"],
-    ahead: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    back: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    ahead: tuple[np.ndarray, ...],
+    back: tuple[np.ndarray, ...],
 ) -> tuple[Float[np.ndarray, "batch tokens twice_d"], Callable]:
     """Two layers side by side, one that reads the text from its end.             (Schuster & Paliwal 1997)
 

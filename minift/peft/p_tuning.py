@@ -75,7 +75,8 @@ def encode(arrays: Arrays) -> tuple[Float[np.ndarray, "prompt d"], Callable]:
     x, layers = arrays[EMBEDDING], sum(name.endswith("_reverse") for name in arrays) // len(PARTS)
     x, pullbacks = x[None], []
     for layer in range(layers):
-        x, layer_vjp = bidirectional_lstm(x, *(tuple(arrays[name] for name in names) for names in _names(layer)))
+        ahead, back = (tuple(arrays[name] for name in names) for names in _names(layer))
+        x, layer_vjp = bidirectional_lstm(x, ahead, back)
         pullbacks.append(layer_vjp)
     made, head_vjp = feed_forward(arrays, HEAD, x[0], "relu")
 

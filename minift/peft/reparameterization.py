@@ -41,7 +41,7 @@ def feed_forward(
         pullbacks.append(linear_vjp)
 
     def vjp(dy):
-        found = {}
+        found: Arrays = {}
         for index in reversed(range(len(layers))):
             dy, dweight, dbias = pullbacks[index](dy)
             found |= {f"{layers[index]}.weight": dweight, f"{layers[index]}.bias": dbias}

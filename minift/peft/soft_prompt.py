@@ -17,8 +17,8 @@ in the cache). A prefix is put into the cache directly: no work in the feed-forw
 hold what it needs, not what some token could have caused. Every soft prompt at the input is some prefix (run it, and
 keep the cache); hardly any prefix is a soft prompt at the input. P-tuning v2 (Liu et al. 2021b) is prefix tuning again.
 
-What is the same: the text's own positions begin at p, as behind a typed prompt of p tokens; every token of the text sees
-all virtual tokens; virtual tokens predict nothing, they have no labels. Forgetting one of these three is how
+What is the same: the text's own positions begin at p, as behind a typed prompt of p tokens; every token of the text
+sees all virtual tokens; virtual tokens predict nothing, they have no labels. Forgetting one of these three is how
 implementations go wrong.
 
 And neither is an adapter: no weight changes, nothing can be merged, and p positions of the context are spent.
@@ -109,7 +109,11 @@ def prepend(
     with the same prompt, so its gradient is the sum over the batch. In generation only the first pass, the one with an
     empty cache, begins with it. ValueError where a prefix is passed besides, and for a prompt of embeddings before a
     packed row, in which one prompt would have to stand before each text: use `pad`."""
-    unchanged = x, lengths, prefix, lambda dx, dprefix: (dx, dprefix, [])
+
+    def untouched(dx, dprefix):
+        return dx, dprefix, []
+
+    unchanged = x, lengths, prefix, untouched
     which = kind(params)
     if which is None:
         return unchanged

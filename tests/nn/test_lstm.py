@@ -76,7 +76,7 @@ def oracle(dtype, dy, x, W_ih, W_hh, b_ih, b_hh):
     return y, dx, da.T @ inputs, da.T @ together(hs[:-1], d), db, db
 
 
-# --- a layer: op(x, W_ih, W_hh, b_ih, b_hh) -----------------------------------------------------------------------------
+# --- a layer: op(x, W_ih, W_hh, b_ih, b_hh) ---------------------------------------------------------------------------
 
 
 def follows_the_equations_in_any_layout(op, case):
@@ -173,7 +173,7 @@ def test_cell_by_central_differences(rng, which):
     check_vjp(one, *args, rng=rng)
 
 
-# --- both directions: op(x, ahead, back) --------------------------------------------------------------------------------
+# --- both directions: op(x, ahead, back) ------------------------------------------------------------------------------
 
 
 def both_ways(case):
