@@ -84,7 +84,7 @@ def load_prompt(folder: Path | str, config: Config | None = None) -> SoftPrompt:
     prompt that was made for a model of other sizes."""
     folder = Path(folder)
     fields = Fields(folder / CONFIG, read_json(folder / CONFIG))
-    kind = next((kind for kind in get_args(Kind) if kind == fields.values.get("peft_type")), None)
+    kind = prompt_kind(folder)
     if kind is None:
         raise fields.error("peft_type", f"one of {', '.join(get_args(Kind))}")
     for key in sorted(fields.values.keys() - READ - NO_MATTER):
@@ -107,6 +107,13 @@ def load_prompt(folder: Path | str, config: Config | None = None) -> SoftPrompt:
             fields.refuse(key, (needed,), f"{needed}, as this model has")
         _check(file.path, prompt, config)
     return prompt
+
+
+def prompt_kind(folder: Path | str) -> Kind | None:
+    """Which soft prompt a folder holds; None for an adapter, or where there is none."""
+    path = Path(folder) / CONFIG
+    found = read_json(path).get("peft_type") if path.exists() else None
+    return next((kind for kind in get_args(Kind) if kind == found), None)
 
 
 def _sizes(kind: Kind, config: Config) -> dict[str, Any]:
