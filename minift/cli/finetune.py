@@ -48,7 +48,7 @@ PER_WIDTH: dict[str, float] = {
     "lora": 0.64,
     "qlora": 0.64,
     "prompt": 6.4,
-    "prefix": 1.28,
+    "prefix": 6.4,
     "p-tuning": 0.64,
 }
 LINE = 120  # characters of an answer that are shown
@@ -81,7 +81,8 @@ class Finetune:
     seq_len: int = 256
     """Longer examples are cut to this many tokens."""
     learning_rate: float | None = None
-    """At its peak; by default 0.64 / hidden_size (5e-3 for tiny), and a fifth of it for full."""
+    """At its peak; by default 0.64 / hidden_size (5e-3 for tiny), a fifth of it for full, ten times as much for prompt
+    and prefix."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: int = 20
