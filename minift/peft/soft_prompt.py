@@ -15,7 +15,7 @@ at once through an LSTM or MLP, which is dropped in the end. A folded P-tuning i
 what the layers below have made, and p more positions are multiplied by every weight (in generation once, then they lie
 in the cache). A prefix is put into the cache directly: no work in the feed-forward blocks, and each layer's p slots
 hold what it needs, not what some token could have caused. Every soft prompt at the input is some prefix (run it, and
-keep the cache); hardly any prefix is a soft prompt at the input. P-tuning v2 (Liu et al. 2021b) is prefix tuning again.
+keep the cache); hardly any prefix is a soft prompt at the input. P-tuning v2 (Liu et al. 2022) is prefix tuning again.
 
 What is the same: the text's own positions begin at p, as behind a typed prompt of p tokens; every token of the text
 sees all virtual tokens; virtual tokens predict nothing, they have no labels. Forgetting one of these three is how

@@ -81,8 +81,7 @@ def logits(params, tokens, **options):
 
 
 def cache_of(params, tokens, capacity=16):
-    dtype = params["model.norm.weight"].dtype if isinstance(params["model.norm.weight"], np.ndarray) else np.float64
-    cache = KVCache(2, len(tokens), CONFIG.num_key_value_heads, capacity, CONFIG.head_dim, dtype)
+    cache = KVCache(2, len(tokens), CONFIG.num_key_value_heads, capacity, CONFIG.head_dim, np.float64)
     llama.backbone(params, tokens, CONFIG, cache=cache)
     return cache
 
@@ -323,6 +322,17 @@ def test_packed_rows(case):
         return
     expected, slack = both(lambda p: np.asarray(sft.loss(p, pad([(t, t) for t in texts]), CONFIG)[0]), params)
     agree(np.asarray(sft.loss(params, packed, CONFIG)[0]), expected, slack, "loss")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case[0].startswith("prefix")], ids=str)
+def test_every_prompt_at_the_input_is_some_prefix(case):
+    """Run it once and keep its keys and values: the same logits, without its embeddings."""
+    base, params, rng = prompted(case)
+    text = rng.integers(0, 29, (2, 5))
+    expected, slack = both(lambda p: logits(p, text), params)
+    cache = cache_of(params, text[:1, :1])
+    kept = np.stack([cache.keys[:, 0, :, :P], cache.values[:, 0, :, :P]], axis=1)
+    agree(logits(freeze(base) | {prefix_tuning.TABLE: prefix_tuning.table(kept)}, text), expected, slack, "logits")
 
 
 def test_two_prompts_are_refused():
