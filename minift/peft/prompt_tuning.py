@@ -3,8 +3,8 @@
     h⁰ = [P; E[tokens]]        P (p, d) learns, everything else is frozen                               (1)
 
 p·d numbers learn: 20,480 for five virtual tokens of T5-XXL, d = 4,096. A table that starts from the embeddings of a
-text gives exactly the model that has read this text, so training starts from a prompt in words. The paper finds starts from
-words (class labels, common tokens) better than random ones, except for its largest models.
+text gives exactly the model that has read this text, so training starts from a prompt in words. The paper finds such
+starts (class labels, common tokens) better than random ones, except for its largest models.
 
 How this differs from its two neighbors, see `minift.peft.soft_prompt`.
 """
