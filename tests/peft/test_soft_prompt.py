@@ -317,7 +317,7 @@ def test_packed_rows(case):
     texts = [rng.integers(0, 29, n).astype(np.int32) for n in (5, 3, 4)]
     packed = pack([(t, t) for t in texts], length=8)
     if not case[0].startswith("prefix"):
-        with pytest.raises(ValueError, match="packed rows, needed one text a row: use `pad`"):
+        with pytest.raises(ValueError, match="packed rows, needed one text a row: use `pad`$"):
             sft.loss(params, packed, CONFIG)
         return
     expected, slack = both(lambda p: np.asarray(sft.loss(p, pad([(t, t) for t in texts]), CONFIG)[0]), params)
@@ -335,11 +335,36 @@ def test_every_prompt_at_the_input_is_some_prefix(case):
     agree(logits(freeze(base) | {prefix_tuning.TABLE: prefix_tuning.table(kept)}, text), expected, slack, "logits")
 
 
+def test_a_cache_of_which_one_row_is_filled_is_not_empty(rng):
+    """No prompt comes into the middle of a text."""
+    base, params, _ = prompted(("prompt", 0))
+    text = rng.integers(0, 29, (2, 3))
+    found = []
+    for model_ in (base, params):
+        cache = KVCache(2, 2, CONFIG.num_key_value_heads, 16, CONFIG.head_dim, np.float64)
+        hidden(base, text, lengths=np.array([3, 0]), cache=cache)
+        found.append(hidden(model_, text, cache=cache))
+    checks.same_bits(*found, "hidden states")
+
+
+def test_a_prompt_is_a_value():
+    prompt = SoftPrompt("P_TUNING", np.zeros((2, 3)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prompt.kind = "PREFIX_TUNING"
+
+
+def test_a_model_without_one_is_as_it_was(rng):
+    base = model(rng)
+    assert soft_prompt.length(base) == 0 and soft_prompt.kind(base) is None
+    y, vjp = llama.forward(base, rng.integers(0, 29, (2, 3)), CONFIG)
+    assert vjp(y).keys() == base.keys() == soft_prompt.bare(base).keys()
+
+
 def test_two_prompts_are_refused():
     _, params, rng = prompted(("prompt", 0))
     prefix, text = rng.standard_normal((2, 2, 2, P, 4)), rng.integers(0, 29, (1, 3))
     for call in (llama.forward, llama.generate):
-        with pytest.raises(ValueError, match="a prefix, and a soft prompt in the parameters"):
+        with pytest.raises(ValueError, match="a prefix, and a soft prompt in the parameters: needed one of the two$"):
             call(params, text, CONFIG, prefix=prefix)
 
 
@@ -425,7 +450,8 @@ def test_off_and_on_again(case):
         checks.same_bits(hidden(carried, text), hidden(params, text), other)
     assert len(trainable(carried)) == 1 and soft_prompt.bare(carried).keys() == base.keys()
     wide = SoftPrompt(prompt.kind, np.zeros((P, prompt.table.shape[1] + 1)))
-    with pytest.raises(ValueError, match=f"does not fit: this model needs rows of .* = {prompt.table.shape[1]}"):
+    what = "2 · layers · kv heads · head_dim" if case[0].startswith("prefix") else "hidden_size"
+    with pytest.raises(ValueError, match=f"does not fit: this model needs rows of {what} = {prompt.table.shape[1]}$"):
         soft_prompt.insert(base, wide)
 
 
