@@ -317,7 +317,7 @@ def test_packed_rows(case):
     texts = [rng.integers(0, 29, n).astype(np.int32) for n in (5, 3, 4)]
     packed = pack([(t, t) for t in texts], length=8)
     if not case[0].startswith("prefix"):
-        with pytest.raises(ValueError, match="packed rows, needed one text a row: use `pad`$"):
+        with pytest.raises(ValueError, match=r"packed rows, needed one text a row: use `pad`$"):
             sft.loss(params, packed, CONFIG)
         return
     expected, slack = both(lambda p: np.asarray(sft.loss(p, pad([(t, t) for t in texts]), CONFIG)[0]), params)
@@ -364,7 +364,7 @@ def test_two_prompts_are_refused():
     _, params, rng = prompted(("prompt", 0))
     prefix, text = rng.standard_normal((2, 2, 2, P, 4)), rng.integers(0, 29, (1, 3))
     for call in (llama.forward, llama.generate):
-        with pytest.raises(ValueError, match="a prefix, and a soft prompt in the parameters: needed one of the two$"):
+        with pytest.raises(ValueError, match=r"a prefix, and a soft prompt in the parameters: needed one of the two$"):
             call(params, text, CONFIG, prefix=prefix)
 
 
