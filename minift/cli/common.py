@@ -20,10 +20,10 @@ from minift.data import jsonl, stdlib_docs
 from minift.data.batches import Batch, Encoded, batch_indices, pad
 from minift.data.example import Example, Message
 from minift.data.templates import encode_all, encode_prompt, end_of_turn
-from minift.io import Tokenizer, atomic_write, load_adapter, load_model
+from minift.io import Tokenizer, atomic_write, load_adapter, load_model, load_prompt, prompt_kind
 from minift.models import llama
 from minift.nn.weight import Params
-from minift.peft import lora, qlora
+from minift.peft import lora, qlora, soft_prompt
 from minift.train.engine import NUMPY, Engine
 
 
@@ -156,6 +156,8 @@ def load_with_adapter(model: str, folder: Path | None) -> tuple[llama.Config, di
     config, params = load_model(model)
     if folder is None:
         return config, params
+    if prompt_kind(folder) is not None:
+        return config, soft_prompt.insert(params, load_prompt(folder, config))
     return config, put_on(params, load_adapter(folder, params))
 
 

@@ -30,18 +30,27 @@ from minift.cli.common import (
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.batches import Encoded
 from minift.data.example import Example
-from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model
+from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model, save_prompt
 from minift.models import llama
 from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
-from minift.peft import lora
+from minift.peft import lora, soft_prompt
+from minift.peft.p_tuning import Encoder
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Result, Settings, at_least, fit
-from minift.train.methods import Method, prepare
+from minift.train.methods import SOFT_PROMPTS, Method, prepare
 
 # Peak learning rates in units of 1 / hidden_size: wider models want smaller steps. For 4,096 features this gives about
 # what QLoRA (2e-4) and Alpaca (2e-5) used.
-PER_WIDTH: dict[str, float] = {"full": 0.128, "head": 0.64, "lora": 0.64, "qlora": 0.64}
+PER_WIDTH: dict[str, float] = {
+    "full": 0.128,
+    "head": 0.64,
+    "lora": 0.64,
+    "qlora": 0.64,
+    "prompt": 6.4,
+    "prefix": 6.4,
+    "p-tuning": 0.64,
+}
 LINE = 120  # characters of an answer that are shown
 
 
@@ -54,7 +63,9 @@ class Finetune:
     """
 
     method: Method = "lora"
-    """full: every weight. head: the output matrix. lora: adapters W' = W + BA. qlora: the same over 4-bit weights."""
+    """full: every weight. head: the output matrix. lora: adapters W' = W + BA. qlora: the same over 4-bit weights.
+    prompt: embeddings before the text. prefix: keys and values before it, in every layer. p-tuning: embeddings before
+    the text that a network makes, which is dropped afterwards."""
     model: str = "tiny"
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     data: str = "stdlib"
@@ -70,7 +81,8 @@ class Finetune:
     seq_len: int = 256
     """Longer examples are cut to this many tokens."""
     learning_rate: float | None = None
-    """At its peak; by default 0.64 / hidden_size (5e-3 for tiny), and a fifth of it for full."""
+    """At its peak; by default 0.64 / hidden_size (5e-3 for tiny), a fifth of it for full, ten times as much for prompt
+    and prefix."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: int = 20
@@ -90,6 +102,14 @@ class Finetune:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Which layers get an adapter: names such as q_proj v_proj, all-linear, or a regular expression for whole paths,
     such as '.*layers\\.[01]\\..*_proj'."""
+    num_virtual_tokens: int = 20
+    """Length of a soft prompt: for prompt, prefix and p-tuning."""
+    prompt_text: str | None = None
+    """What prompt starts from, repeated or cut to its length; by default random embeddings."""
+    encoder: Encoder = "MLP"
+    """The network of p-tuning."""
+    encoder_hidden_size: int | None = None
+    """Its width, by default the model's. With a number, prefix too learns through a network of this width."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, far less memory."""
     device: Device = "cpu"
@@ -113,6 +133,10 @@ class Finetune:
         at_least(1, eval_examples=self.eval_examples)
         at_least(2, seq_len=self.seq_len)
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
+        if self.method in SOFT_PROMPTS:
+            at_least(1, num_virtual_tokens=self.num_virtual_tokens)
+            if self.device != "cpu":
+                raise ValueError(f"--method {self.method} --device {self.device}: soft prompts train with --device cpu")
         engine = engine_on(self.device)
         config, params = load_model(self.model)
         settings = self._settings(config)
@@ -128,6 +152,10 @@ class Finetune:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
+            num_virtual_tokens=self.num_virtual_tokens,
+            prompt_tokens=None if self.prompt_text is None else np.array(tokenizer.encode(self.prompt_text), np.int64),
+            encoder=self.encoder,
+            encoder_hidden_size=self.encoder_hidden_size,
             rng=np.random.default_rng(self.seed),
         )
         total = sum(math.prod(shape) for shape in llama.shapes(config).values())  # of head, with what it unties
@@ -208,12 +236,14 @@ class Finetune:
 
     @property
     def _result(self) -> Path:
-        return self.out / ("adapter" if self.method in ("lora", "qlora") else "model")
+        return self.out / ("model" if self.method in ("full", "head") else "adapter")
 
     def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
         """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
-        if self.method in ("lora", "qlora"):
-            base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
+        base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
+        if self.method in SOFT_PROMPTS:
+            save_prompt(self._result, soft_prompt.detach(result.params)[1], config, base, overwrite=True)
+        elif self.method in ("lora", "qlora"):
             save_adapter(self._result, lora.detach(result.params)[1], base, overwrite=True)
         else:
             dense_params = {name: dense(weight) for name, weight in result.params.items()}
@@ -240,7 +270,7 @@ def _line(text: str) -> str:
 
 def _weight_bytes(params: Params) -> int:
     """The model as it lies in memory, without what an adapter adds."""
-    return sum((w.base if isinstance(w, lora.LoRA) else w).nbytes for w in params.values())
+    return sum((w.base if isinstance(w, lora.LoRA) else w).nbytes for w in soft_prompt.bare(params).values())
 
 
 def _show(summary: dict[str, Any], questions: list[Example], before: list[str], after: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`minift info`: what is in a model or an adapter."""
+"""`minift info`: what is in a model, an adapter or a soft prompt."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from minift.io import (
     load_adapter,
     load_mlx_adapter,
     load_model,
+    load_prompt,
     load_tokenizer,
+    prompt_kind,
 )
 from minift.peft.lora import Adapter
+from minift.peft.soft_prompt import SoftPrompt
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Info:
     """
 
     source: Annotated[str, tyro.conf.Positional] = "tiny"
-    """tiny (built in), a Hugging Face folder, a .gguf file, or an adapter folder."""
+    """tiny (built in), a Hugging Face folder, a .gguf file, or the folder of an adapter or soft prompt."""
     tensors: bool = False
     """List every tensor."""
     out: Path | None = None
@@ -41,6 +44,8 @@ class Info:
     """Print the result as one JSON object on the last line."""
 
     def run(self) -> int:
+        if prompt_kind(self.source):
+            return self._prompt(load_prompt(self.source))
         if kind := adapter_kind(self.source):
             return self._adapter(load_mlx_adapter(self.source) if kind == "mlx" else load_adapter(self.source), kind)
         config, params = load_model(self.source, keep_quantized=True)
@@ -56,6 +61,26 @@ class Info:
             for name, weight in params.items():
                 console.print(f"{name:<50} {_describe(weight)}")
         emit({"parameters": total, "bytes": nbytes, "config": dataclasses.asdict(config)}, self.json, self.out)
+        return 0
+
+    def _prompt(self, prompt: SoftPrompt) -> int:
+        virtual_tokens, row = prompt.table.shape
+        facts = {
+            "kind": prompt.kind,
+            "virtual_tokens": virtual_tokens,
+            "parameters": prompt.table.size,
+            "bytes": prompt.table.nbytes,
+        }
+        rows = [
+            ("soft prompt", f"{prompt.kind} of PEFT"),
+            ("virtual tokens", f"{virtual_tokens}, of {row:,} numbers each"),
+            ("parameters", f"{prompt.table.size:,}"),
+            ("in memory", f"{prompt.table.nbytes / 1e6:,.2f} MB"),
+        ]
+        console.print(_table(rows))
+        if self.tensors:
+            console.print(f"{'prompt_embeddings':<60} {_describe(prompt.table)}")
+        emit(facts, self.json, self.out)
         return 0
 
     def _adapter(self, adapter: Adapter, kind: str) -> int:

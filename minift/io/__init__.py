@@ -13,6 +13,7 @@ from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
 from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
 from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, load_adapters, save_adapter
+from minift.io.peft_prompt import load_prompt, prompt_kind, save_prompt
 from minift.io.tokenizer import Tokenizer
 from minift.models.llama import Config
 
@@ -27,12 +28,15 @@ __all__ = [
     "load_adapters",
     "load_mlx_adapter",
     "load_model",
+    "load_prompt",
     "load_tokenizer",
+    "prompt_kind",
     "refuse_to_destroy",
     "refuse_to_replace",
     "save_adapter",
     "save_mlx_adapter",
     "save_model",
+    "save_prompt",
 ]
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"

@@ -65,7 +65,7 @@ def load_adapter(folder: Path | str, params: Params | None = None, name: str | N
     if folder.name == DEFAULT and not folder.exists() and (folder.parent / CONFIG).exists():
         folder = folder.parent  # so FOLDER/NAME is right for every name
     config = parse_config(_read_config(folder), folder / CONFIG)
-    file = SafetensorsFile(_weights(folder))
+    file = SafetensorsFile(weights_file(folder))
     arrays = _read_arrays(file, config.selection)
     paths = sorted(full.removesuffix(f".{A_NAME}") for full in arrays if full.endswith(f".{A_NAME}"))
     _check_arrays(file.path, arrays, config.ranks(paths))
@@ -132,7 +132,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _weights(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """Where an adapter's tensors are; FormatError where they are a pickle."""
     path = folder / WEIGHTS
     if not path.exists() and path.with_suffix(".bin").exists():
         raise FormatError(path.with_suffix(".bin"), "", "a pickle, which can run code", WEIGHTS)

@@ -34,6 +34,7 @@ from minift.nn.mlp import swiglu
 from minift.nn.norms import rms_norm
 from minift.nn.rope import RopeScaling, frequencies, rope, rotations
 from minift.nn.weight import Arrays, Frozen, Params, add, dense, gradients, learns
+from minift.peft import soft_prompt
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -245,7 +246,8 @@ def backbone(
 ) -> tuple[Float[np.ndarray, "batch tokens d"], Callable]:
     """Equations (1) to (3) without the head: tokens, or embeddings such as a soft prompt, to hidden states.
 
-    `vjp(dhidden) -> dembeddings, dprefix, gradients`; the first is None for tokens, the second without a prefix.
+    `vjp(dhidden) -> dembeddings, dprefix, gradients`; the first is None for tokens, the second without a prefix. A soft
+    prompt among the parameters (`minift.peft.soft_prompt`) stands before every text; hidden states are the text's.
 
     lengths      real tokens of each right-padded row; only the cache needs them, since no token looks ahead
     segments     which text of a packed row each token belongs to; texts do not see each other, positions restart
@@ -270,8 +272,21 @@ def backbone(
         x, embedding_vjp = embedding(inputs, params[EMBEDDING])  # (B, T, d)
     else:
         x = inputs
+    x, lengths, prefix, prompt_vjp = soft_prompt.prepend(
+        params,
+        x,
+        config.num_key_value_heads,
+        config.head_dim,
+        lengths=lengths,
+        segments=segments,
+        prefix=prefix,
+        cache=cache,
+    )
+    ahead = x.shape[1] - inputs.shape[1]  # positions of a soft prompt, which predict nothing
     layout = _layout(x, config, segments, prefix, cache)
-    lowest = _lowest_that_learns(params, config) if from_tokens and prefix is None and cache is None else 0
+    lowest = (
+        _lowest_that_learns(params, config) if from_tokens and not ahead and prefix is None and cache is None else 0
+    )
 
     def run(layer, x):
         layer_prefix = None if prefix is None else prefix[layer]
@@ -291,19 +306,20 @@ def backbone(
     def vjp(dhidden):
         if cache is not None:
             raise ValueError("a pass that writes into a cache has no pullback: run it again without the cache")
-        dx, dnorm = norm_vjp(dhidden)
+        dx, dnorm = norm_vjp(np.pad(dhidden, ((0, 0), (ahead, 0), (0, 0))) if ahead else dhidden)
         contributions = [("model.norm.weight", dnorm)]
         dprefixes = []
         for layer in reversed(range(lowest, config.num_hidden_layers)):
             dx, dlayer_prefix, weights = pullbacks[layer](dx)
             contributions += weights
             dprefixes.append(dlayer_prefix)
+        dprefix = None if prefix is None else np.stack(dprefixes[::-1])
+        dx, dprefix, dprompt = prompt_vjp(dx, dprefix)
         if from_tokens and lowest == 0:
             contributions.append((EMBEDDING, embedding_vjp(dx)))
-        dprefix = None if prefix is None else np.stack(dprefixes[::-1])
-        return None if from_tokens else dx, dprefix, gradients(contributions)
+        return None if from_tokens else dx, dprefix, gradients([*contributions, *dprompt])
 
-    return hidden, vjp
+    return hidden[:, ahead:], vjp
 
 
 def forward(
@@ -356,11 +372,13 @@ def stream(
 ) -> Iterator[Integer[np.ndarray, " batch"]]:
     """The continuation of each prompt, one token a row at a time. `options` are those of `generation.stream`:
     top_k, top_p, stop_tokens, lengths."""
-    before = 0 if prefix is None else prefix.shape[3]
+    before = soft_prompt.length(params) if prefix is None else prefix.shape[3]
     capacity = before + tokens.shape[1] + max_new_tokens
     dtype = dense(params["model.norm.weight"]).dtype
     cache = KVCache(config.num_hidden_layers, len(tokens), config.num_key_value_heads, capacity, config.head_dim, dtype)
     if prefix is not None:
+        if soft_prompt.length(params):
+            raise ValueError("a prefix, and a soft prompt in the parameters: needed one of the two")
         cache.put_prefix(prefix)
 
     def next_logits(text, lengths):

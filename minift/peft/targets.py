@@ -18,6 +18,7 @@ from typing import Any
 TABLES = ("embed_tokens", "wte", "wpe")  # rows are looked up, nothing is multiplied: no adapter fits
 NOT_LINEAR = (*TABLES, "lm_head", "score")  # tables and heads: not meant by "all-linear"
 ALL_LINEAR = "all-linear"
+SOFT_PROMPTS = ("prompt_embeddings", "prefix_embeddings", "prompt_encoder.")  # stand before the text, not in a layer
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def saved(params: Mapping[str, Any], modules_to_save: Iterable[str]) -> list[str
 
 def linear_layers(params: Mapping[str, Any]) -> dict[str, str]:
     """{name of the weight: path} of every matrix that an adapter fits."""
-    paths = {name: name.removesuffix(".weight") for name, weight in params.items() if len(weight.shape) == 2}
+    matrices = (name for name, weight in params.items() if len(weight.shape) == 2 and not name.startswith(SOFT_PROMPTS))
+    paths = {name: name.removesuffix(".weight") for name in matrices}
     return {name: path for name, path in paths.items() if _leaf(path) not in TABLES}
 
 

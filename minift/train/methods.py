@@ -4,6 +4,9 @@ full     everything
 head     the output matrix alone
 lora     adapters of rank r on frozen linear layers
 qlora    the same on linear layers of 4 bits
+prompt   embeddings of virtual tokens before the text
+prefix   their keys and values in every layer
+p-tuning their embeddings too, through a network that is dropped afterwards
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import numpy as np
 
 from minift.models import llama
 from minift.nn.weight import Params, dense, freeze
-from minift.peft import lora, qlora
+from minift.peft import lora, p_tuning, prefix_tuning, prompt_tuning, qlora
 
-Method = Literal["full", "head", "lora", "qlora"]
+Method = Literal["full", "head", "lora", "qlora", "prompt", "prefix", "p-tuning"]
+SOFT_PROMPTS = ("prompt", "prefix", "p-tuning")
 
 
 def prepare(
@@ -32,11 +36,16 @@ def prepare(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    num_virtual_tokens: int = 20,
+    prompt_tokens: np.ndarray | None = None,
+    encoder: p_tuning.Encoder = "MLP",
+    encoder_hidden_size: int | None = None,
 ) -> tuple[dict[str, Any], llama.Config]:
     """The parameters with what the method trains free to learn and the rest frozen.
 
     `head` unties tied embeddings, since the input table is not to move with the output matrix; therefore a
-    configuration comes back too. ValueError for an unknown method."""
+    configuration comes back too. `prompt_tokens` are those of the text that `prompt` starts from. ValueError for an
+    unknown method."""
     options: dict[str, Any] = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -53,4 +62,16 @@ def prepare(
         return lora.attach(params, target_modules, **options), config
     if method == "qlora":
         return qlora.attach(params, target_modules, **options), config
+    if method == "prompt":
+        start = {"rng": rng} if prompt_tokens is None else {"tokens": prompt_tokens}
+        return prompt_tuning.attach(params, num_virtual_tokens, **start), config
+    if method == "prefix":
+        return prefix_tuning.attach(
+            params, num_virtual_tokens, rng=rng, encoder_hidden_size=encoder_hidden_size
+        ), config
+    if method == "p-tuning":
+        made = p_tuning.attach(
+            params, num_virtual_tokens, rng=rng, encoder=encoder, encoder_hidden_size=encoder_hidden_size
+        )
+        return made, config
     raise ValueError(f"method is {method!r}, needed one of {get_args(Method)}")
