@@ -1,4 +1,4 @@
-"""Paged optimizer state: it lies elsewhere, and the pages in use are brought in.         (Dettmers et al. 2023, §3)
+"""Paged optimizer state: it lies elsewhere, and what is used is brought in.     (Dettmers et al. 2023, 2305.14314, §3)
 
 The state of an optimizer is used once a step, after the backward pass; the activations of a long sequence need their
 memory before it. Together they may not fit, though each does. So the state is cut into pages, of which at most `budget`
