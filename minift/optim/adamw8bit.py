@@ -6,7 +6,7 @@ its own step, only those of the steps before.                                  (
 
 Both maps have a zero, so a moment that is zero stays zero, bit for bit, whatever else is in its block: a parameter
 whose gradient is always zero does nothing but decay. Parameters of fewer than 4,096 numbers keep their moments as they
-are, as in bitsandbytes: they cost little, and gains of norms suffer most from rounding.
+are, as in bitsandbytes: they cost little.
 
 **Why v is never rounded to zero.** Gradients enter m as g and v as g². Within a block, a parameter whose gradients are
 10⁻³ of the largest has m at 10⁻³ of its block's absmax, but v at 10⁻⁶: the smallest entry of v's map is 3.25e-7, and
@@ -64,8 +64,9 @@ def adamw8bit_1(
     θ′ is computed from m′ and v′ before they are rounded. ValueError for a gradient that is not finite, or so large
     that its square is not."""
     check_gradient(gradient)
-    opened = (blockwise.dequantize(q, theta.dtype) for q in (m, v))
-    theta, new_m, new_v = adamw_1(theta, gradient, *opened, step, learning_rate, beta1, beta2, eps, weight_decay)
+    open_m, open_v = (blockwise.dequantize(q, theta.dtype) for q in (m, v))
+    settings = step, learning_rate, beta1, beta2, eps, weight_decay
+    theta, new_m, new_v = adamw_1(theta, gradient, open_m, open_v, *settings)
     return theta, blockwise.quantize(new_m, DYNAMIC, m.block_size), quantize_second(new_v, v.block_size)
 
 

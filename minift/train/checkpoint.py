@@ -100,7 +100,7 @@ def load(
 
 def _flat(moments: Mapping[str, Moment]) -> Arrays:
     """Arrays only: a quantized moment is its codes and its scales."""
-    flat = {}
+    flat: Arrays = {}
     for name, moment in moments.items():
         if isinstance(moment, BlockwiseTensor):
             flat |= {f"{name}.codes": moment.codes, f"{name}.absmax": moment.absmax}

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from minift.nn.weight import trainable
 from minift.optim.adamw import AdamW, clip_by_global_norm
 from minift.optim.adamw8bit import AdamW8bit
-from minift.optim.paged import PagedAdamW, Pager
+from minift.optim.paged import PagedAdamW
+from minift.optim.pager import Pager
 from minift.train import sft
 from minift.train.parallel import side_by_side
 

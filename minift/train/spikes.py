@@ -6,7 +6,7 @@ sequence evicts as many pages as it needs, and the step after it brings them bac
 have been no memory.                                                              (Dettmers et al. 2023, 2305.14314, §3)
 
 What is simulated are the activations, which are counted and not formed. Pages, budgets, evictions and faults are those
-of `minift.optim.paged`, at work on real moments.
+of `minift.optim.pager`, at work on real moments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
-from minift.optim.paged import PagedAdamW, Pager
+from minift.optim.paged import PagedAdamW
+from minift.optim.pager import Pager
 
 Record = dict[str, Any]
 

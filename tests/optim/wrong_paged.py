@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minift.optim.paged import Pager
+from minift.optim.pager import Pager
 
 
 class NeverWritesBack(Pager):
