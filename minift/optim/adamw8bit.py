@@ -9,9 +9,9 @@ whose gradient is always zero does nothing but decay. Parameters of fewer than 4
 are, as in bitsandbytes: they cost little.
 
 **Why v is never rounded to zero.** Gradients enter m as g and v as g². Within a block, a parameter whose gradients are
-10⁻³ of the largest has m at 10⁻³ of its block's absmax, but v at 10⁻⁶: the smallest entry of v's map is 3.25e-7, and
-what lies below half of that would become 0 while m does not. The next small gradient would then move θ by m̂ / ε, with
-ε = 1e-8: in nothing but name is that a step of Adam. So
+10⁻⁴ of the largest has m at about 10⁻⁴ of its block's absmax, but v at 10⁻⁸. The smallest entry of v's map is 3.25e-7,
+and what lies below half of it would become 0, while m does not. Where the next gradient is small, θ would then move by
+η m̂ / ε, with ε = 1e-8. So
 
     code of v = max(1, nearest code)   where v > 0                                                      (1)
 

@@ -31,7 +31,8 @@ class Pager:
     def __init__(self, budget: int, folder: Path | None = None):
         self.budget = budget
         self.faults = self.evictions = 0
-        self.resident_bytes = self.peak_bytes = 0
+        self.nbytes = 0  # of all pages
+        self.resident_bytes = self.peak_bytes = 0  # now, and the most so far
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the pager)
         weakref.finalize(self, self._file.close)
         self._places: list[tuple[int, int]] = []  # of each page: where in the file, bytes
@@ -39,12 +40,13 @@ class Pager:
         self._in_use: Counter[int] = Counter()
 
     def add(self, content: UInt8[np.ndarray, " n"]) -> int:
-        """A new page with this content, not resident; its number. ValueError where it is larger than the budget."""
+        """A new page with this content (not empty), which is not resident yet; its number.
+
+        ValueError where it is larger than the budget."""
         self._require_room(content.size, 0)
-        end = sum(self._places[-1]) if self._places else 0
-        if content.size:
-            self._reserve(end, content.size)
-        self._places.append((end, content.size))
+        self._reserve(self.nbytes, content.size)
+        self._places.append((self.nbytes, content.size))
+        self.nbytes += content.size
         self._in_file(len(self._places) - 1)[:] = content
         return len(self._places) - 1
 
@@ -80,11 +82,6 @@ class Pager:
             raise ValueError(f"pages in use take {self._bytes_in_use():,} bytes, the budget cannot be {budget:,}")
         self.budget = budget
         self._evict_down_to(budget)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all pages."""
-        return sum(size for _, size in self._places)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -123,7 +120,7 @@ class Pager:
     def _in_file(self, number: int) -> np.ndarray:
         """The page's place in the file, mapped: what is written here is written there."""
         start, size = self._places[number]
-        return np.memmap(self._file, np.uint8, "r+", start, (size,)) if size else np.empty(0, np.uint8)
+        return np.memmap(self._file, np.uint8, "r+", start, (size,))
 
     def _reserve(self, start: int, size: int) -> None:
         if hasattr(os, "posix_fallocate"):

@@ -1,10 +1,12 @@
 """Paged moments: the same bits under any interleaving, the budget kept, faults counted, nothing left behind."""
 
 import copy
+import gc
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from contextlib import ExitStack
 
@@ -64,9 +66,8 @@ class Beside:
                 self.check()
             for number, data in opened:
                 assert data.tobytes() == bytes(self.content[number]), f"page {number} has other bytes"
-                if data.size:
-                    data[value % data.size] = value
-                    self.content[number][value % data.size] = value
+                data[value % data.size] = value
+                self.content[number][value % data.size] = value
             for number in inside:
                 self.use([number], value + 1)
             for number, data in opened:
@@ -380,6 +381,14 @@ def test_a_killed_process_leaves_no_file(tmp_path):
         assert process.stdout.readline() == "True []\n"
         process.send_signal(signal.SIGKILL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_closed_with_the_pager():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Pager(10).add(np.ones(3, np.uint8))
+        gc.collect()
+    assert [str(w.message) for w in caught if w.category is ResourceWarning] == []
 
 
 def test_the_room_on_disk_is_reserved(monkeypatch):
