@@ -81,8 +81,8 @@ class Finetune:
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this length."""
     optimizer: Optimizer = "adamw"
-    """adamw: two moments of 32 bits, 8 bytes a number. adamw8bit: of 8 bits, 2.03 bytes, in arrays of 4,096 numbers or
-    more. paged-adamw8bit: the same numbers in pages, of which --page-budget bytes stay in memory."""
+    """adamw: moments of 32 bits, 8 bytes a number. adamw8bit: 8 bits, 2.03 bytes (32 in arrays under 4,096 numbers).
+    paged-adamw8bit: the same numbers in pages, of which --page-budget bytes stay in memory."""
     page_budget: int = 1_000_000
     """Bytes of moments that paged-adamw8bit keeps in memory; the rest is in a file without a name in --out."""
     r: int = 8

@@ -135,8 +135,9 @@ class PagedAdamW:
         ]
         if paged.dtype is not None:
             return _joined(pieces, paged.dtype).reshape(paged.shape)
-        codes = _joined([q.codes for q in pieces], np.uint8)
-        absmax = _joined([q.absmax for q in pieces], np.float32)
+        quantized = [q for q in pieces if isinstance(q, BlockwiseTensor)]
+        codes = _joined([q.codes for q in quantized], np.uint8)
+        absmax = _joined([q.absmax for q in quantized], np.float32)
         return BlockwiseTensor(codes, absmax, (DYNAMIC, DYNAMIC_UNSIGNED)[which], paged.shape, self._block_size)
 
     def _moments(self, data: np.ndarray, n: int, dtype: np.dtype | None) -> tuple[Moment, Moment]:
