@@ -483,6 +483,9 @@ def test_what_does_not_fit_is_refused_before_anything_moves(rng):
             optimizer.update(arrays, gradients, 0.1)
     assert {n: a.tobytes() for n, a in arrays.items()} == before
     assert (optimizer.step, optimizer.m) == (0, {})
+    with pytest.raises(ValueError, match=r"^the gradient of the parameter is nan at index \(1,\), "):
+        adamw8bit.check_gradient(np.array([1, np.nan]))
+    adamw8bit.check_gradient(np.array([LARGEST_GRADIENT, -LARGEST_GRADIENT]))
     gradients["t"][1, 0, 1] = LARGEST_GRADIENT
     optimizer.update(arrays, gradients, 0.1)
 
