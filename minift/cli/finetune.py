@@ -36,6 +36,7 @@ from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora, soft_prompt
 from minift.peft.p_tuning import Encoder
+from minift.train.engine import Optimizer
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Result, Settings, at_least, fit
 from minift.train.methods import SOFT_PROMPTS, Method, prepare
@@ -91,6 +92,11 @@ class Finetune:
     """Decoupled, on matrices only."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this length."""
+    optimizer: Optimizer = "adamw"
+    """adamw: moments of 32 bits, 8 bytes a number. adamw8bit: 8 bits, 2.03 bytes (32 in arrays under 4,096 numbers).
+    paged-adamw8bit: the same numbers in pages, of which --page-budget bytes stay in memory."""
+    page_budget: int = 1_000_000
+    """Bytes of moments that paged-adamw8bit keeps in memory; the rest is in a file without a name in --out."""
     r: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -198,7 +204,9 @@ class Finetune:
             "total_parameters": total,
             "weight_bytes": _weight_bytes(result.params),
             "trainable_bytes": sum(array.nbytes for array in trainable(result.params).values()),
+            "optimizer": self.optimizer,
             "optimizer_bytes": result.optimizer_bytes,
+            **result.paging,
             "eval_loss_before": evaluations[0][1],
             "eval_loss_after": evaluations[-1][1],
             "seconds": round(time.perf_counter() - started, 1),
@@ -220,6 +228,8 @@ class Finetune:
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            optimizer=self.optimizer,
+            page_budget=self.page_budget,
             seed=self.seed,
             eval_every=self.eval_every,
             save_every=self.save_every,
@@ -279,6 +289,10 @@ def _show(summary: dict[str, Any], questions: list[Example], before: list[str], 
     table.add_row("trainable", f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} ({share:.2%})")
     for name, key in (("weights", "weight"), ("what learns", "trainable"), ("optimizer state", "optimizer")):
         table.add_row(name, f"{summary[f'{key}_bytes'] / 1e6:,.2f} MB")
+    if "page_faults" in summary:
+        resident, budget = (summary[key] / 1e6 for key in ("peak_resident_bytes", "budget_bytes"))
+        faults = f"{summary['page_faults']:,} page faults, {summary['evictions']:,} evictions"
+        table.add_row("… of it in memory", f"at most {resident:,.2f} of {budget:,.2f} MB; {faults}")
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB")
     table.add_row("held-out loss", f"{summary['eval_loss_before']:.3f} → {summary['eval_loss_after']:.3f} nats a token")
     table.add_row("time", f"{summary['seconds']:.0f} s")

@@ -21,6 +21,7 @@ from minift.data.templates import CHATML
 from minift.io import Tokenizer, refuse_to_destroy, save_model
 from minift.models import llama
 from minift.peft import qlora
+from minift.train.engine import Optimizer
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Settings, at_least, fit
 
@@ -75,6 +76,10 @@ class Pretrain:
     """At its peak; it falls along a cosine."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only."""
+    optimizer: Optimizer = "adamw"
+    """adamw, adamw8bit (moments in 8 bits) or paged-adamw8bit (those in pages); see minift finetune --help."""
+    page_budget: int = 1_000_000
+    """Bytes of moments that paged-adamw8bit keeps in memory."""
     storage: Literal["nf4", "float32"] = "nf4"
     """How the linear layers are written: 4 bits with double quantization, or as they are."""
     device: Device = "cpu"
@@ -97,6 +102,8 @@ class Pretrain:
             learning_rate=self.learning_rate,
             warmup_steps=max(1, self.steps // 20),
             weight_decay=self.weight_decay,
+            optimizer=self.optimizer,
+            page_budget=self.page_budget,
             seed=self.seed,
             eval_every=self.eval_every,
             save_every=self.eval_every,
@@ -151,6 +158,9 @@ class Pretrain:
         summary: dict[str, Any] = {
             "preset": self.preset,
             "total_parameters": size,
+            "optimizer": self.optimizer,
+            "optimizer_bytes": result.optimizer_bytes,
+            **result.paging,
             "eval_loss_before": evaluations[0][1],
             "eval_loss_after": best,
             "eval_loss_stored": held_out_loss(stored, held_out, config),

@@ -93,8 +93,7 @@ class AdamW:
 
     def update(self, arrays: Arrays, gradients: Arrays, learning_rate: float) -> None:
         """One step on every array, in place. KeyError where a gradient has no array or an array no gradient."""
-        if arrays.keys() != gradients.keys():
-            raise KeyError(f"arrays and gradients differ in {sorted(arrays.keys() ^ gradients.keys())[:3]}")
+        check_names(arrays, gradients)
         self.step += 1
         for moments in (self.m, self.v):
             moments.update({name: np.zeros_like(theta) for name, theta in arrays.items() if name not in moments})
@@ -106,6 +105,12 @@ class AdamW:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for moments in (self.m, self.v) for a in moments.values())
+
+
+def check_names(arrays: Arrays, gradients: Arrays) -> None:
+    """KeyError where a gradient has no array or an array no gradient."""
+    if arrays.keys() != gradients.keys():
+        raise KeyError(f"arrays and gradients differ in {sorted(arrays.keys() ^ gradients.keys())[:3]}")
 
 
 def clip_by_global_norm(gradients: Arrays, max_norm: float) -> tuple[Arrays, float]:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from minift.nn.weight import trainable
 from minift.optim.adamw import AdamW, clip_by_global_norm
+from minift.optim.adamw8bit import AdamW8bit
+from minift.optim.paged import PagedAdamW
+from minift.optim.pager import Pager
 from minift.train import sft
 from minift.train.parallel import side_by_side
+
+Optimizer = Literal["adamw", "adamw8bit", "paged-adamw8bit"]
 
 
 def _as_it_is(x: Any) -> Any:
@@ -28,10 +34,19 @@ class Engine:
     trainable: Callable[[Any], Any]  # the engine's parameters -> its arrays that learn, which the optimizer writes into
     send: Callable[[Any], Any]  # {name: NumPy array} -> the engine's, e.g. the moments of a checkpoint
     fetch: Callable[[Any], Any]  # and back
-    optimizer: Callable[..., Any]  # AdamW
+    optimizer: Callable[..., Any]  # (name, page_budget, folder, **state) -> AdamW, AdamW8bit or PagedAdamW
     clip_by_global_norm: Callable[[Any, float], tuple[Any, float]]
     loss: Callable[..., tuple[Any, Callable]]  # sft.loss, with the rows shared out as suits the engine
     value: Callable[..., float]  # (params, batch, config, normalizer) -> the loss alone: nothing is kept for a pullback
+
+
+def _optimizer(name: Optimizer, page_budget: int, folder: Path | None, **state: Any) -> Any:
+    """`state` is what `AdamW` is made from; the pages that exceed the budget lie in a file in `folder`."""
+    if name == "adamw":
+        return AdamW(**state)
+    if name == "adamw8bit":
+        return AdamW8bit(**state)
+    return PagedAdamW(AdamW8bit(**state), Pager(page_budget, folder))
 
 
 def _loss(params, batch, config, normalizer=None, dropout_key=None, recompute=False):
@@ -43,4 +58,4 @@ def _value(params, batch, config, normalizer):
     return float(_loss(params, batch, config, normalizer, recompute=True)[0])
 
 
-NUMPY = Engine(_as_it_is, trainable, _as_it_is, _as_it_is, AdamW, clip_by_global_norm, _loss, _value)
+NUMPY = Engine(_as_it_is, trainable, _as_it_is, _as_it_is, _optimizer, clip_by_global_norm, _loss, _value)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
@@ -24,10 +24,12 @@ from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Arrays, Params, replace, trainable
+from minift.optim.adamw8bit import zero_moments
+from minift.optim.paged import PagedAdamW
 from minift.optim.schedules import Schedule, learning_rate
 from minift.train import checkpoint
 from minift.train.allocator import keep_freed_memory
-from minift.train.engine import NUMPY, Engine
+from minift.train.engine import NUMPY, Engine, Optimizer
 
 METRICS = "metrics.jsonl"
 
@@ -65,6 +67,8 @@ class Settings:
     warmup_steps: int = 20
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    optimizer: Optimizer = "adamw"
+    page_budget: int = 1_000_000  # bytes of paged moments that stay in memory; where they are changes no bit
     seed: int = 0
     eval_every: int = 100
     save_every: int = 100
@@ -72,10 +76,12 @@ class Settings:
 
     def __post_init__(self):
         at_least(0, steps=self.steps, warmup_steps=self.warmup_steps, seed=self.seed)
-        at_least(1, eval_every=self.eval_every, save_every=self.save_every)
+        at_least(1, eval_every=self.eval_every, save_every=self.save_every, page_budget=self.page_budget)
         at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}, needed a positive number")
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"optimizer is {self.optimizer!r}, needed one of {get_args(Optimizer)}")
 
 
 @dataclass
@@ -86,6 +92,7 @@ class Result:
     records: list[Record]
     optimizer_bytes: int
     interrupted: bool = False
+    paging: dict[str, int] = field(default_factory=dict)  # what it cost to keep moments in pages, where they are
 
     def losses(self, key: str = "eval_loss") -> list[tuple[int, float]]:
         return [(record["step"], record[key]) for record in self.records if key in record]
@@ -120,17 +127,23 @@ def fit(
     arrays = checkpoint.copy(trainable(params))
     if not arrays:
         raise ValueError("nothing learns in these parameters: attach an adapter, or thaw what should be trained")
-    identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k != "save_every"}
-    optimizer = engine.optimizer(weight_decay=settings.weight_decay)
+    elsewhere = ("save_every", "page_budget")  # no number depends on these
+    identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k not in elsewhere}
+    state: dict[str, Any] = {"weight_decay": settings.weight_decay}
     records, best, best_loss = [], Arrays(), math.inf
     if folder is not None and not resume:
         (folder / checkpoint.NAME).unlink(missing_ok=True)  # of an earlier run, whose records are overwritten too
     if folder is not None and resume:
-        saved = checkpoint.load(folder, identity, arrays)
+        eight = settings.optimizer != "adamw"
+        moments = {name: zero_moments(a) for name, a in arrays.items()} if eight else None
+        saved = checkpoint.load(folder, identity, arrays, moments)
         arrays, best = saved.parameters, saved.best
         best_loss = math.inf if saved.best_loss is None else saved.best_loss
-        optimizer.step, optimizer.m, optimizer.v = saved.step, engine.send(saved.m), engine.send(saved.v)
+        state |= {"step": saved.step, "m": engine.send(saved.m), "v": engine.send(saved.v)}
         records = _read_records(folder / METRICS, saved.step)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    optimizer = engine.optimizer(settings.optimizer, settings.page_budget, folder, **state)
     current = engine.place(replace(params, arrays))
     arrays = engine.trainable(current)  # AdamW writes into these, so `current` follows by itself
 
@@ -178,7 +191,8 @@ def fit(
         interrupted = optimizer.step < settings.steps
         save()
     learned = best if settings.keep_best and best and not interrupted else engine.fetch(arrays)
-    return Result(replace(params, learned), log.records, optimizer.nbytes, interrupted)
+    paging = optimizer.pager.counts if isinstance(optimizer, PagedAdamW) else {}
+    return Result(replace(params, learned), log.records, optimizer.nbytes, interrupted, paging)
 
 
 def _accumulate(params: Params, loss: Loss, micro_batches: Sequence[Counted], key: int) -> tuple[float, Arrays]:
@@ -204,7 +218,6 @@ class _Log:
 
     def __enter__(self):
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             before = "".join(map(_line, self.records))
             atomic_write(self.folder / METRICS, before.encode())  # without what lies behind the checkpoint
             self._file = open(self.folder / METRICS, "a", encoding="utf-8")

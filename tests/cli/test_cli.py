@@ -86,6 +86,22 @@ def test_finetune(call, tmp_path, method):
         assert load_adapter(result["adapter"]).r == 8
 
 
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged-adamw8bit"])
+def test_optimizers(call, few, tmp_path, optimizer):
+    """Every matrix has 4,096 numbers or more and gets moments in 8 bits; gains of norms keep theirs."""
+    options = ["--method", "full", "--optimizer", optimizer, "--page-budget", "500000", "--out", tmp_path / "run"]
+    status, result, captured = call("finetune", *few, *options)
+    assert status == 0
+    norms = 9 * 128
+    assert result["optimizer"] == optimizer
+    assert result["optimizer_bytes"] == (1_000_576 - norms) * (2 + 8 / 256) + 8 * norms
+    assert ("page_faults" in result) == (optimizer == "paged-adamw8bit")
+    if optimizer == "paged-adamw8bit":
+        assert 450_000 < result["peak_resident_bytes"] <= result["budget_bytes"] == 500_000
+        shown = f"at most 0.50 of 0.50 MB; {result['page_faults']:,} page faults, {result['evictions']:,} evictions"
+        assert shown in captured.out
+
+
 def test_finetune_on_a_file(call, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text(

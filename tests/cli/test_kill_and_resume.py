@@ -24,10 +24,10 @@ def uninterrupted(tmp_path_factory):
     return learned(folder)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_and_resumed(uninterrupted, tmp_path, seed):
+def kill(command, tmp_path, seed):
+    """Run a command in `tmp_path` and kill it after some of its steps."""
     chance = random.Random(seed)
-    process = subprocess.Popen([*COMMAND, "--out", tmp_path], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--out", tmp_path], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     metrics, wanted = tmp_path / "metrics.jsonl", chance.randint(5, 12)  # lines; the first checkpoint is at step 2
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -37,6 +37,26 @@ def test_killed_and_resumed(uninterrupted, tmp_path, seed):
     time.sleep(chance.random() * 0.05)
     process.kill()
     assert process.wait() == -9, "it was over before it could be killed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_resumed(uninterrupted, tmp_path, seed):
+    kill(COMMAND, tmp_path, seed)
     assert not (tmp_path / "adapter").exists()
     subprocess.run([*COMMAND, "--out", tmp_path, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
     assert learned(tmp_path) == uninterrupted
+
+
+def test_killed_and_resumed_with_moments_in_pages(tmp_path):
+    """All parameters learn, and a sixth of their moments fit the budget; the file of pages goes with the process."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
+    plain = [*COMMAND, "--method", "full", "--optimizer"]
+    paged = [*plain, "paged-adamw8bit", "--page-budget", "300000"]
+    subprocess.run([*plain, "adamw8bit", "--out", whole], env=ENVIRONMENT, check=True, capture_output=True)
+    kill(paged, cut, 0)
+    names = {"metrics.jsonl", "checkpoint.safetensors"}
+    assert all(entry.name in names or entry.name.startswith(".checkpoint.safetensors.tmp-") for entry in cut.iterdir())
+    subprocess.run([*paged, "--out", cut, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
+    one, other = ((folder / "model" / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert one == other

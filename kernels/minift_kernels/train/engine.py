@@ -33,8 +33,13 @@ def on(device: str) -> Engine:
         with torch.no_grad():
             return float(loss(params, batch, config, normalizer)[0])
 
+    def optimizer(name, page_budget, folder, **state) -> AdamW:
+        if name != "adamw":
+            raise ValueError(f"--optimizer {name}: has no form for torch tensors yet; use --device cpu, or adamw")
+        return AdamW(**state)
+
     there, loss = partial(from_numpy, device=place, dtype=dtype), partial(sft.loss, dtype=dtype)
-    return Engine(there, trainable, send, fetch, AdamW, clip_by_global_norm, loss, value)
+    return Engine(there, trainable, send, fetch, optimizer, clip_by_global_norm, loss, value)
 
 
 def fetch(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
