@@ -9,15 +9,16 @@ import pytest
 import torch
 from interpreter_memory import Watched, watch
 from launches import guarded, replaced
-from quant.trouble import battery
 
+from minift.conformance.common import same_bits
+from minift.conformance.strategies import battery
 from minift.quant import blockwise as reference
 from minift.quant import codebooks as reference_codebooks
 from minift.quant import nf4
 from minift_kernels import aot, backend
 from minift_kernels.quant import blockwise, codebooks
 from nn.checks import kill_matrix
-from quant import properties
+from quant.quant_checks import refused
 from wrong_kernels import wrong_blockwise
 
 BACKENDS = ("torch", "interpreter")
@@ -73,18 +74,18 @@ class OfArrays:
 
 def equals_the_reference(impl, x, code, block_size):
     q, wanted = impl.quantize(x, code, block_size), reference.quantize(x, code, block_size)
-    properties.same_bits(q.codes, wanted.codes, "codes")
-    properties.same_bits(q.absmax, wanted.absmax, "absmax")
+    same_bits(q.codes, wanted.codes, "codes")
+    same_bits(q.absmax, wanted.absmax, "absmax")
     for dtype in (np.float32, np.float16, np.float64):
         with np.errstate(over="ignore", under="ignore"):
-            properties.same_bits(impl.dequantize(q, dtype), reference.dequantize(wanted, dtype), dtype.__name__)
+            same_bits(impl.dequantize(q, dtype), reference.dequantize(wanted, dtype), dtype.__name__)
 
 
 def refuses_what_is_not_finite(impl, x, code, block_size):
     for bad in (np.nan, np.inf) if x.size else ():
         broken = np.array(x, np.float32)
         broken.reshape(-1)[x.size // 2] = bad
-        properties.refused(lambda b=broken: impl.quantize(b, code, block_size), f"cannot quantize {bad} at index (")
+        refused(lambda b=broken: impl.quantize(b, code, block_size), f"cannot quantize {bad} at index (")
 
 
 def decodes_whatever_it_is_given(impl, x, code, block_size):
@@ -96,7 +97,7 @@ def decodes_whatever_it_is_given(impl, x, code, block_size):
     object.__setattr__(q, "codes", codes)
     product = code[np.minimum(codes, code.size - 1)] * np.repeat(absmax, block_size)[: x.size]
     for dtype in (np.float32, np.float16):
-        properties.same_bits(impl.dequantize(q, dtype), product.astype(dtype), dtype.__name__)
+        same_bits(impl.dequantize(q, dtype), product.astype(dtype), dtype.__name__)
 
 
 FAR = 1 << 33  # elements
@@ -137,7 +138,7 @@ def of_a_case(prop):
 
 
 OURS = [equals_the_reference, refuses_what_is_not_finite, decodes_whatever_it_is_given]
-PROPERTIES = [of_a_case(prop) for prop in [*OURS, *properties.OF_A_CODEBOOK]]
+PROPERTIES = [of_a_case(prop) for prop in OURS]
 FAR_QUANTIZE, FAR_DEQUANTIZE = of_a_case(quantizes_beyond_32_bits), of_a_case(decodes_beyond_32_bits)
 
 
