@@ -19,6 +19,7 @@ from minift.cli.memory import Memory
 from minift.cli.merge import Merge
 from minift.cli.pretrain import Pretrain
 from minift.cli.quantize import Quantize
+from minift.cli.rate import Rate
 from minift.data.example import DataError
 from minift.data.templates import TemplateError
 from minift.io import FormatError
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": Pretrain,
     "generate": Generate,
     "chat": Chat,
+    "rate": Rate,
     "merge": Merge,
     "quantize": Quantize,
     "convert": Convert,

@@ -14,7 +14,7 @@ SHORTEST, LONGEST = 15, 200  # characters
 _ROLE = re.compile(r":(?:[a-z]+:)+`~?\.?([^`<]*?)(?: ?<[^`]*>)?`")  # Sphinx: :class:`int`
 _EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}(\w+)\*{1,2}(?![\w*])")  # *name*
 _ABBREVIATIONS = (r"e\.g", r"i\.e", "eg", "ie", "etc", "vs", "cf", "resp", "approx", "max", r"a\.k\.a")
-_SENTENCE_END = re.compile("(?<=[.!?])" + "".join(rf"(?<!\b{a}\.)" for a in _ABBREVIATIONS) + r"\s+")
+SENTENCE_END = re.compile("(?<=[.!?])" + "".join(rf"(?<!\b{a}\.)" for a in _ABBREVIATIONS) + r"\s+")
 _LIST = re.compile(r"\n\s*(?:[-*+•]|\d+[.)])\s|\n\s*\w+\s+--?\s|\n\s*\w+: ")
 _SIGNATURE = re.compile(r"^(?:[\w.]+\s*\(|\w+\s*->)")
 _CALL = re.compile(r"[\w.]+\s*\(.*\)\s*(?:$|:$|->|--)|\w+\s*->")  # a line that is a signature, to its end
@@ -45,7 +45,7 @@ def first_sentence(doc: object, name: str) -> str:
     text = re.sub(
         rf"^`?(?:[\w.]+\.)?{re.escape(short)}(?:\.py|\([^)\n]*\))?`?\s*(?::|--?)\s+", "", text
     )  # "name - what it does"
-    sentence = _SENTENCE_END.split(text, maxsplit=1)[0]
+    sentence = SENTENCE_END.split(text, maxsplit=1)[0]
     if _LIST.search(sentence):
         return ""
     sentence = " ".join(sentence.split())

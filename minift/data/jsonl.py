@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minift.data.example import ROLES, DataError, Example, Message, pair
+from minift.data.example import DataError, Example, pair
+from minift.data.json_lines import keys, messages, read_lines, string
 from minift.data.split import HELD_OUT, train_and_held_out
 from minift.io.atomic import atomic_write
-from minift.io.errors import shown
-
-MAX_LINE_BYTES = 16 * 2**20
 
 _FORMS = {"prompt": "completion", "messages": "messages", "instruction": "output", "text": "text"}
 _NEEDED = 'one of {"prompt", "completion"}, {"messages"}, {"instruction", "input", "output"}, {"text"}'
@@ -37,19 +33,7 @@ def read(path: str | os.PathLike[str]) -> list[Example]:
     Raises DataError, with file and line, for what is not UTF-8 JSON objects of one of the four forms (see above),
     for blank lines, a byte-order mark, NaN and Infinity, lines over 16 MiB, a file without any example, and one that is
     not there."""
-    examples, number = [], 0
-    try:
-        with open(path, "rb") as file:  # in bytes: only \n ends a line, not the U+2028 that str.splitlines breaks at
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                examples.append(_example(_record(line, first=number == 1)))
-    except DataError as error:
-        raise DataError(f"{os.fspath(path)}, line {number}: {error}") from None
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)}: {error.strerror}, needed a JSONL file that can be read") from None
-    if not examples:
-        raise DataError(f"{os.fspath(path)}: the file is empty, needed at least one line with {_NEEDED}")
-    return examples
+    return read_lines(path, _example, _NEEDED)
 
 
 def read_split(path: str | os.PathLike[str], share: float = HELD_OUT) -> tuple[list[Example], list[Example]]:
@@ -77,113 +61,27 @@ def write(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
     atomic_write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode("utf-8"))
 
 
-def _record(line: bytes, first: bool) -> dict[str, Any]:
-    """One line as a JSON object, more strictly than `json.loads` reads it."""
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"longer than {MAX_LINE_BYTES:,} bytes; split the example")
-    if first and line.startswith(b"\xef\xbb\xbf"):
-        raise DataError("begins with a byte-order mark; save the file as UTF-8 without one")
-    if not line.strip():
-        raise DataError("a blank line, needed a JSON object; delete it")
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise DataError(f"byte {error.start + 1} ({line[error.start]:#04x}) is not valid UTF-8") from None
-    except RecursionError:
-        raise DataError("nested too deeply to be read as JSON") from None
-    except DataError:
-        raise
-    except ValueError as error:  # json.JSONDecodeError, or an integer of too many digits
-        raise DataError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"found {_kind(record)}, needed a JSON object with {_NEEDED}")
-    return record
-
-
-def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(items)
-    if len(record) < len(items):
-        twice, _ = Counter(key for key, _ in items).most_common(1)[0]
-        raise DataError(f"the key {shown(twice)} stands twice in one object")
-    return record
-
-
-def _no_constant(name: str):
-    raise DataError(f"{name} is not JSON")
-
-
 def _example(record: dict[str, Any]) -> Example:
     forms = [first for first, second in _FORMS.items() if first in record or second in record]
     if len(forms) != 1:
         what = f"fits several forms ({', '.join(forms)})" if forms else "fits no form"
-        raise DataError(f"found {_keys(record)}, which {what}; needed {_NEEDED}")
+        raise DataError(f"found {keys(record)}, which {what}; needed {_NEEDED}")
     match forms[0]:
         case "prompt":
-            return pair(_string(record, "prompt"), _string(record, "completion"))
+            return pair(string(record, "prompt"), string(record, "completion"))
         case "instruction":
-            question = _string(record, "instruction")
+            question = string(record, "instruction")
             if record.get("input") not in (None, ""):
-                question += "\n\n" + _string(record, "input")
-            return pair(question, _string(record, "output"))
+                question += "\n\n" + string(record, "input")
+            return pair(question, string(record, "output"))
         case "text":
-            return Example(text=_string(record, "text"))
+            return Example(text=string(record, "text"))
         case _:
-            return _conversation(record["messages"])
+            return _conversation(record)
 
 
-def _conversation(messages: Any) -> Example:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"'messages' is {_kind(messages)}, needed a list of {{'role', 'content'}} objects")
-    turns = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{where} is {_kind(message)}, needed an object with 'role' and 'content'")
-        role = _string(message, "role", where)
-        if role not in ROLES:
-            raise DataError(f"{where}: unknown role {shown(role)}, needed one of {', '.join(ROLES)}")
-        turns.append(Message(role, _string(message, "content", where)))
+def _conversation(record: dict[str, Any]) -> Example:
+    turns = messages(record["messages"], "messages")
     if not any(turn.role == "assistant" for turn in turns):
         raise DataError("'messages' has no message of the assistant, so there is nothing to learn")
-    return Example(tuple(turns))
-
-
-def _string(record: dict[str, Any], key: str, where: str = "") -> str:
-    """The text under a key: present, a string, not blank, and possible to encode."""
-    place = f"{where}: " if where else ""
-    if key not in record:
-        raise DataError(f"{place}{key!r} is missing; found {_keys(record)}")
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f"{place}{key!r} is {_kind(text)}, needed a string")
-    if not text.strip():
-        raise DataError(f"{place}{key!r} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise DataError(f"{place}{key!r} has half a surrogate pair (U+{code:04X}) at character {error.start}") from None
-    return text
-
-
-def _keys(record: dict[str, Any]) -> str:
-    """The first ten keys of an object."""
-    names = [*map(shown, islice(record, 10)), *(["…"] if len(record) > 10 else [])]
-    return ", ".join(names) or "no keys"
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "an empty list" if not value else "a list"
-        case _:
-            return "an object"
+    return Example(turns)

@@ -123,7 +123,8 @@ def answer_spans(
                 "otherwise than its generation prompt does), so the answer cannot be located; train on conversations "
                 "of one answer, or use a template that only appends"
             )
-        mark = through[len(before) :].rpartition(message.content.strip())[2]  # all that follows the answer's text
+        turn, content = through[len(before) :], message.content.strip()
+        mark = turn.rpartition(content)[2] if content else turn  # all that follows the answer's text
         end = len(through.rstrip()) if mark.strip() else len(through)
         spans.append((len(before), end))
     return whole, spans

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minift.data.example import DataError, Example, Message, pair
-from minift.data.jsonl import MAX_LINE_BYTES, read, read_split, write
+from minift.data.json_lines import MAX_LINE_BYTES
+from minift.data.jsonl import read, read_split, write
 
 GOOD = b'{"text": "good"}\n'
 

@@ -1,0 +1,296 @@
+"""A written rubric for one-line docstrings (PEP 257), and its score without noise: the gold score.
+
+The questions are those of the embedded set, "What does `math.isqrt` do?", and the answer is to be a docstring's first
+line. The rubric has six items, each in [0, 1], read off the question and the answer alone:
+
+    about         names the thing asked for: how much of `isqrt` stands in the answer
+    specific      and does not name everything else as well
+    says          says something of it: content words beyond the thing's own, two or more for the full mark
+    imperative    begins with a verb in the imperative ("Return", not "Returns"), where the thing is one that *does*
+    sentence      is one sentence that ends in a period
+    line          fits on a line of 72 characters (PEP 8)
+
+    gold = about · specific · says · (1 + imperative + sentence + line) / 4                                        (1)
+
+The first three are factors, not summands. If items are added up, a policy finds the one well-formed sentence that
+answers every question alike, and stays there. In (1) the best form in the world is worth nothing where the answer is
+not about the thing, and an answer that is about it keeps a quarter of its worth without any form.
+
+What `about` sees. The last part of the name is split at "_" and at capitals (`set_childWatcher`: child, watcher), words
+that names and docstrings use for everything ("get", "return", "object") do not count, and it is measured how many of
+the letters left are found in the answer, by three rules: a word of the same stem ("parse": "parsing"), a longer word
+that the part abbreviates ("dir": "directory"), a word inside a part that is written together ("isfinite": "finite").
+What the last part leaves open, the part before it (the class, the module) can half fill.
+
+What `specific` is for. "Error: read a file type." names a little of everything. How much a word names on average over
+all questions q of the embedded set is its commonness c(w), and an answer a with the set of content words W(a) has
+
+    m(a) = Σ_{w ∈ W(a)} c(w),     c(w) = mean_q about(q, {w}),     specific(a) = max(0, 1 - m(a) / BUDGET)         (2)
+
+`about` is subadditive in the words, so mean_q about(q, a) ≤ m(a), and whoever gives *one* answer to all questions gets
+
+    mean_q gold(q, a) ≤ m (1 - m / BUDGET) ≤ BUDGET / 4 = 0.015                                                    (3)
+
+however it is worded and however long it is.
+
+What it cannot see. Whether the answer is *true*: "Return the finite part of a number." gets full marks for `isfinite`.
+What is said in other words: "Change the access permissions of a file." names nothing of `chmod`. Grammar, and nonsense
+made of words. A policy can learn to put the name into a template, and only its answers, read by a person, will show it.
+It reads English in Latin letters only. The docstring that the question was made from is not consulted, so the score can
+be had for any question, and nothing of what is held out leaks through it.
+
+How real first lines fare (`python -c "from minift.rlhf import rubric; print(rubric.real_docstrings())"`, Python 3.11,
+the mean of each item; "shuffled" gives each question the answer to another one):
+
+                       about   specific       says imperative   sentence       line       gold   names it
+    what it does       0.664      0.734      0.872      0.810      0.999      0.868      0.356      0.728
+    what it is         0.716      0.727      0.889      1.000      0.998      0.877      0.416      0.775
+    all                0.676      0.733      0.876      0.856      0.999      0.870      0.371      0.740
+    shuffled           0.014      0.733      0.991      0.724      0.999      0.870      0.007      0.012
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+
+from minift.data.docstrings import SENTENCE_END
+from minift.data.stdlib_docs import instruction_pairs
+
+LINE = 72  # characters: PEP 8 for docstrings
+ENOUGH = 2  # content words beyond the thing's own say something
+BUDGET = 0.06  # of commonness; 1.4 % of real first lines have more
+
+# What carries no content: function words, and what names and docstrings say of everything.
+_FUNCTION_WORDS = """
+    a an the this that these those it its they their there here he she you your we our i me my one
+    of to in on at by for from with into onto as about over under up out off per via than then upon within
+    is are was be been being am do does did done has have had can could may might will would shall should must
+    and or not no nor if else whether when while where which who whom whose what how why because so but only also just
+    all any each every both either neither some more most less least such same other another very
+"""
+_SAID_OF_EVERYTHING = """
+    get set return make new use using used given specified called object value thing something function method class
+    module attribute instance name call name python etc default current
+"""
+_IGNORED = frozenset((_FUNCTION_WORDS + _SAID_OF_EVERYTHING).split())
+# Longest first, so that the first that fits is the one.
+_ENDINGS = "ations ation ators ator ions ings able ion ing ors ers ies ied or er ed es s e y"
+_SUFFIXES = tuple(_ENDINGS.split())
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_NAME = re.compile(r"`([^`\s]+)`")
+_DOES = re.compile(r"\bdoes\b")
+# What docstrings of functions begin with, in the base form.
+_IMPERATIVES = """
+    abort accept access acquire activate adapt add adjust advance align allocate allow announce append apply arrange
+    ask assert assign associate attach attempt authenticate await begin bind block break bring build byte-compile
+    cache calculate call cancel capture cast change check choose clean clear clone close collapse collect combine
+    commit compare compile complete compose compress compute concatenate configure connect construct consume convert
+    copy count create deallocate decide decode decompress decrease decrement decrypt define delay delegate delete
+    deliver dequeue derive describe deserialize detach detect determine disable disassemble discard disconnect
+    dispatch display divide do download draw drop dump duplicate emit empty enable encode encrypt end enqueue ensure
+    enter enumerate escape establish estimate evaluate examine exchange execute exit expand expect export extend
+    extract fail feed fetch fill filter find finish fire flatten flush fold follow force fork format free freeze
+    gather generate get give go grow guess handle hash hide hook identify ignore import increase increment indent
+    indicate initialize initiate inquire insert inspect install instantiate interact interpret interrupt invalidate
+    invert invoke isolate issue iterate join jump keep kill launch leave let link list listen load locate lock log
+    look lookup make map mark match measure merge minimize modify move multiply name negate normalize notify obtain
+    open optimize order override pack pad paint parse partition pass pause perform permit permute pickle place play
+    poll pop populate post predict prefix prepare prevent print process produce prompt propagate protect provide
+    publish pull purge push put query quit quote raise rank reach read rebuild recalculate receive recompute
+    reconfigure record recover redirect reduce reformat refresh register reject release reload remove rename render
+    reopen repeat replace reply report represent request require reserve reset resize resolve respond restart
+    restore restrict resume retrieve retry return reverse revert roll rotate round run sample save scan schedule
+    scroll seal search seed seek select send separate serialize serve set setup shift show shuffle shut shutdown
+    signal simulate skip sleep slice solve sort spawn specify split start stop store stream strip submit subscribe
+    substitute subtract sum summarize suppress suspend swap switch synchronize take tear tell terminate test tidy
+    time toggle tokenize touch trace track transfer transform translate transmit traverse trim truncate try turn
+    unblock undo unfreeze unify unlink unload unlock unpack unquote unregister unsubscribe unwrap update upgrade
+    upload use validate verify visit wait wake walk warn watch wrap write yield zip
+"""
+_VERBS = frozenset(_IMPERATIVES.split())
+
+
+@dataclass(frozen=True)
+class Items:
+    """What the rubric says of one answer, item by item, each in [0, 1]; `gold` is equation (1)."""
+
+    about: float
+    specific: float
+    says: float
+    imperative: float
+    sentence: float
+    line: float
+
+    @property
+    def gold(self) -> float:
+        return self.about * self.specific * self.says * (1 + self.imperative + self.sentence + self.line) / 4
+
+    @property
+    def names_it(self) -> bool:
+        """Whether at least half of the thing asked for is named."""
+        return self.about >= 0.5
+
+
+def gold(prompt: str, answer: str) -> float:
+    """The score of an answer, in [0, 1], by equation (1), without noise.
+
+    It judges; nothing is trained on it but through a rater's comparisons. Raises ValueError as `items` does."""
+    return items(prompt, answer).gold
+
+
+def items(prompt: str, answer: str) -> Items:
+    """The items of the rubric for one answer.
+
+    Raises ValueError for a prompt that asks for no `name` in backticks: the rubric has nothing to say of it."""
+    asked = _asked(prompt)
+    text = answer.strip()
+    words = _content_words(text)
+    return Items(
+        about=_about(asked, words),
+        specific=max(0.0, 1 - sum(map(_commonness, words)) / BUDGET),
+        says=min(1.0, len(_new(asked, words)) / ENOUGH),
+        imperative=float(not asked.does or _is_imperative(text)),
+        sentence=float(text.endswith(".") and not text.endswith("..") and len(SENTENCE_END.split(text)) == 1),
+        line=float(0 < len(text) <= LINE and len(text.splitlines()) == 1),
+    )
+
+
+# --- is it about the thing, and does it say something of it -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The words of the name's last part and of the part before it, and whether the question is what the thing does."""
+
+    last: tuple[str, ...]
+    before: tuple[str, ...]
+    does: bool
+
+
+@lru_cache(maxsize=8192)
+def _asked(prompt: str) -> _Asked:
+    names = _NAME.findall(prompt)
+    if not names:
+        raise ValueError(
+            f"the rubric judges answers to questions about a `name` in backticks, got {prompt[:100]!r}; "
+            "use another rater for other questions"
+        )
+    before, last = ["", *names[-1].rstrip(".()").split(".")][-2:]
+    return _Asked(_parts(last), _parts(before), bool(_DOES.search(prompt)))
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """The words of a name without those that say nothing, unless it has no other."""
+    words = tuple(word.lower() for word in _WORD.findall(name))
+    return tuple(word for word in words if word not in _IGNORED) or words
+
+
+def _content_words(text: str) -> set[str]:
+    """The words of a text that are not in every text."""
+    return {word for found in _WORD.findall(text) if (word := found.lower()) not in _IGNORED}
+
+
+def _about(asked: _Asked, words: Iterable[str]) -> float:
+    """The share of the last part that is named; of what it leaves open, the part before can fill half."""
+    last, before = _named(asked.last, words), _named(asked.before, words)
+    return last + (1 - last) * before / 2
+
+
+def _named(parts: Sequence[str], words: Iterable[str]) -> float:
+    """The share of the letters of all parts that the words cover."""
+    covered = [set().union(*(_cover(part, word) for word in words)) for part in parts]
+    return sum(map(len, covered)) / max(1, sum(map(len, parts)))
+
+
+@lru_cache(maxsize=1 << 17)
+def _cover(part: str, word: str) -> frozenset[int]:
+    """Which letters of a part of a name a word accounts for."""
+    everything = frozenset(range(len(part)))
+    stem = _stem(word)
+    if stem == _stem(part) or (len(part) >= 3 and word.startswith(part)):  # parse: parsing; dir: directory
+        return everything
+    at = part.find(stem)
+    if len(stem) >= 4 or (len(stem) == 3 and (part.startswith(stem) or part.endswith(stem))):  # isfinite: finite
+        return frozenset(range(at, at + len(stem))) if at >= 0 else frozenset()
+    return frozenset()
+
+
+def _new(asked: _Asked, words: Iterable[str]) -> set[str]:
+    """The stems of the words that are not the thing's own."""
+    own = (*asked.last, *asked.before)
+    return {_stem(word) for word in words if not any(_cover(part, word) for part in own) and len(word) > 1}
+
+
+@lru_cache(maxsize=1 << 15)
+def _commonness(word: str) -> float:
+    """c(w) of equation (2): how much of the thing asked for this word names, on average over all questions."""
+    questions, asking = _pool()
+    stem = _stem(word)
+    could = {q for part, found in asking.items() if stem in part or word.startswith(part) for q in found}
+    return sum(_about(questions[q], (word,)) for q in could) / len(questions)
+
+
+@cache
+def _pool() -> tuple[list[_Asked], dict[str, list[int]]]:
+    """What all questions of the embedded set ask for, and which of them have a part in their names."""
+    questions = [_asked(example.messages[0].content) for example in instruction_pairs()]
+    asking: dict[str, list[int]] = {}
+    for q, asked in enumerate(questions):
+        for part in {*asked.last, *asked.before}:
+            asking.setdefault(part, []).append(q)
+    return questions, asking
+
+
+@lru_cache(maxsize=1 << 15)
+def _stem(word: str) -> str:
+    """The word without its ending, at least three letters long."""
+    for suffix in _SUFFIXES:
+        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
+            return word[: -len(suffix)]
+    return word
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+def _is_imperative(text: str) -> bool:
+    """Whether it begins with a verb of the list, or with an adverb and such a verb ("Recursively delete")."""
+    words = [word.strip(",;:.").lower() for word in text.split()[:2]]
+    return bool(words) and (words[0] in _VERBS or (words[0].endswith("ly") and words[-1] in _VERBS))
+
+
+# --- how others fare --------------------------------------------------------------------------------------------------
+
+
+def table(answers: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """For each named list of (prompt, answer): the mean of each item and of gold, and the share that names the thing.
+
+    Text, a row a list."""
+    columns = ("about", "specific", "says", "imperative", "sentence", "line", "gold")
+    lines = [" " * 14 + "".join(f"{name:>11}" for name in (*columns, "names it"))]
+    for name, pairs in answers.items():
+        found = [items(prompt, answer) for prompt, answer in pairs]
+        means = [sum(getattr(item, column) for item in found) / len(found) for column in columns]
+        named = sum(item.names_it for item in found) / len(found)
+        lines.append(f"{name:<14}" + "".join(f"{mean:11.3f}" for mean in (*means, named)))
+    return "\n".join(lines)
+
+
+def real_docstrings() -> str:
+    """`table` for the embedded set's own answers, and for the same answers dealt out at random."""
+    pairs = [(example.messages[0].content, example.answer) for example in instruction_pairs()]
+    dealt = np.random.default_rng(0).permutation(len(pairs))
+    return table(
+        {
+            "what it does": [pair for pair in pairs if _asked(pair[0]).does],
+            "what it is": [pair for pair in pairs if not _asked(pair[0]).does],
+            "all": pairs,
+            "shuffled": [(prompt, pairs[other][1]) for (prompt, _), other in zip(pairs, dealt, strict=True)],
+        }
+    )
