@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -62,6 +63,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, needed a positive number")
+        if self.kl_estimator not in get_args(Estimator):
+            raise ValueError(f"kl_estimator is {self.kl_estimator!r}, needed one of {get_args(Estimator)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, needed a number from 0 to 1")

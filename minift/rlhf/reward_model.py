@@ -23,7 +23,7 @@ from jaxtyping import Float, Integer
 from minift.data.batches import Batch
 from minift.models import llama
 from minift.nn.linear import linear
-from minift.nn.weight import Params, Weight, dense, gradients
+from minift.nn.weight import Params, dense, gradients
 from minift.rlhf.pairs import Pairs
 
 SCORE = "score.weight"  # (1, d): transformers' name for the head of LlamaForSequenceClassification
@@ -37,19 +37,6 @@ def with_head(params: Params, rng: np.random.Generator) -> dict[str, Any]:
     norm = dense(params["model.norm.weight"])
     head = rng.standard_normal((1, len(norm))) / math.sqrt(len(norm) + 1)
     return {name: w for name, w in params.items() if name != llama.HEAD} | {SCORE: head.astype(norm.dtype)}
-
-
-def token_scores(
-    hidden: Float[np.ndarray, "batch width d"], weight: Float[np.ndarray, "1 d"] | Weight
-) -> tuple[Float[np.ndarray, "batch width"], Callable]:
-    """The scalar head at every token; `vjp(dscores) -> dhidden, dweight`."""
-    scores, linear_vjp = linear(hidden, weight)  # (B, T, 1)
-
-    def vjp(dscores):
-        dhidden, dweight, _ = linear_vjp(dscores[..., None])
-        return dhidden, dweight
-
-    return scores[..., 0], vjp
 
 
 def score(

@@ -171,9 +171,14 @@ def test_token_log_probs_kill_matrix():
     checks.kill_matrix(TOKEN_PROPERTIES, (*wrong_logprobs.TOKEN, entropy_cotangent_needed), CASES)
 
 
+def test_a_token_outside_is_named():
+    with pytest.raises(ValueError, match=r"^tokens span -1\.\.3, needed 0\.\.2$"):
+        token_log_probs(np.zeros((2, 3)), np.array([3, -1]))
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_temperature_is_positive(temperature):
-    with pytest.raises(ValueError, match=r"temperature is .*, needed a positive number"):
+    with pytest.raises(ValueError, match=r"^temperature is .*, needed a positive number$"):
         token_log_probs(np.zeros((1, 3)), np.zeros(1, int), temperature)
 
 
@@ -385,7 +390,10 @@ def test_answer_mask():
     found = answer_mask(np.array([1, 2]), np.array([3, 4]), 5)
     assert found.astype(int).tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
     for prompt, end in ((0, 2), (2, 2), (3, 2), (1, 6)):
-        with pytest.raises(ValueError, match=f"row 1 of 5 tokens has a prompt of {prompt} and ends at {end}"):
+        with pytest.raises(
+            ValueError,
+            match=f"^row 1 of 5 tokens has a prompt of {prompt} and ends at {end}: needed 1 ≤ prompt < end ≤ width$",
+        ):
             answer_mask(np.array([1, prompt]), np.array([2, end]), 5)
 
 
