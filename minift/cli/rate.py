@@ -21,12 +21,14 @@ from rich.text import Text
 from minift.cli.common import answer, console, emit, load_with_adapter
 from minift.data import candidates, comparisons
 from minift.data.candidates import Candidates
-from minift.data.comparisons import as_text
+from minift.data.comparisons import Comparison, as_text
+from minift.data.example import Message
+from minift.data.journal import Journal
 from minift.data.stdlib_docs import embedded
 from minift.io import load_tokenizer
 from minift.models import llama
 from minift.models.generation import check_settings
-from minift.rlhf.raters import Choice, FunctionRater, RubricRater, agreement, pairs, rate
+from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate
 from minift.rlhf.rubric import gold
 from minift.train.loop import at_least
 
@@ -84,43 +86,54 @@ class Rate:
         if self.temperature == 0 and self.answers is None:
             raise ValueError("temperature is 0, which gives the same answer every time; needed more, such as 1")
         rater = Person() if self.rater == "person" else RubricRater(self.disagreement, self.seed)
-        name = self.name or self.rater
-        path, counts, stopped = self.out / "comparisons.jsonl", Counter[str](), False
-        with comparisons.journal(path) as journal:
-            shown = [pair for found in self._candidates() for pair in pairs(found.prompt, found.answers, self.seed)]
-            if not shown:
-                raise ValueError("all answers to each question are equal, so there is nothing to compare")
-            if self.rater == "rubric" or self.agreement:
-                for pair in shown:
-                    gold(as_text(pair.prompt), "")  # complains now about a question that the rubric is not for
-            wanted = {(pair.prompt, frozenset((pair.left, pair.right))) for pair in shown}
-
-            def mine() -> list[comparisons.Comparison]:
-                """What this rater has said, now or earlier, of the pairs of this run."""
-                said = (c for c in journal.entries if c.rater == name)
-                return [c for c in said if (c.prompt, frozenset((c.chosen, c.rejected))) in wanted]
-
-            judge, agreed = FunctionRater(gold), ""
-            try:
-                console.print(f"{len(mine()):,} of {len(wanted):,} pairs rated; {path}")
-                for _, choice in rate(shown, rater, name, journal):
-                    counts[choice] += 1
-                    if self.agreement:
-                        agreed = "; you and the rubric agree on {} of {}".format(*agreement(mine(), judge))
-                    if self.rater == "person":
-                        console.print(f"{len(mine()):,} of {len(wanted):,} rated{agreed}")
-            except (Quit, EOFError):
-                pass
-            except KeyboardInterrupt:
-                stopped = True
-            summary = self._summary(mine(), len(wanted), counts)
-            summary |= {"rater": name, "comparisons": str(path)}
-            if self.agreement:
-                same, of = agreement(mine(), judge)
-                summary["rubric_agreement"] = same / of if of else None
+        shown = [pair for found in self._candidates() for pair in pairs(found.prompt, found.answers, self.seed)]
+        if not shown:
+            raise ValueError("all answers to each question are equal, so there is nothing to compare")
+        if self.rater == "rubric" or self.agreement:
+            for pair in shown:
+                gold(as_text(pair.prompt), "")  # complains now about a question that the rubric is not for
+        with comparisons.journal(self.out / "comparisons.jsonl") as journal:
+            counts, stopped = self._rate(shown, rater, journal)
+            summary = self._summary(shown, journal, counts)
         self._show(summary)
         emit(summary, self.json, self.out)
         return 130 if stopped else 0
+
+    @property
+    def _name(self) -> str:
+        rubric = f"rubric, disagreement {self.disagreement:g}, seed {self.seed}"  # another one says other things
+        return self.name or ("person" if self.rater == "person" else rubric)
+
+    def _rate(self, shown: list[Pair], rater: Rater, journal: Journal[Comparison]) -> tuple[Counter[Choice], bool]:
+        """How often each choice was made, and whether Ctrl-C ended it."""
+        counts: Counter[Choice] = Counter()
+        console.print(self._progress(shown, journal))
+        try:
+            for _, choice in rate(shown, rater, self._name, journal):
+                counts[choice] += 1
+                if self.rater == "person":
+                    console.print(self._progress(shown, journal))
+        except (Quit, EOFError):
+            pass
+        except KeyboardInterrupt:
+            return counts, True
+        return counts, False
+
+    def _progress(self, shown: list[Pair], journal: Journal[Comparison]) -> str:
+        said = self._said(shown, journal)
+        text = f"{len(said):,} of {len(set(map(_key, shown))):,} pairs rated"
+        if self.agreement:
+            text += "; the rubric prefers the same answer in {} of {}".format(*agreement(said, FunctionRater(gold)))
+        return text
+
+    def _said(self, shown: list[Pair], journal: Journal[Comparison]) -> list[Comparison]:
+        """What this rater has said, now or earlier, of these pairs."""
+        keys = set(map(_key, shown))
+        return [
+            c
+            for c in journal.entries
+            if c.rater == self._name and (c.prompt, frozenset((c.chosen, c.rejected))) in keys
+        ]
 
     def _candidates(self) -> list[Candidates]:
         return candidates.read(self.answers) if self.answers is not None else self._sample()
@@ -142,9 +155,8 @@ class Rate:
             for number, found in enumerate(journal.entries, 1):
                 if found.source != source or len(found.answers) != self.answers_each:
                     raise ValueError(
-                        f"{journal.path}, line {number}: found {len(found.answers)} answers sampled with {found.source}, "
-                        f"needed {self.answers_each} with {source}; give another --out, or rate those: "
-                        f"minift rate {journal.path}"
+                        f"{journal.path}, line {number}: found {len(found.answers)} answers of {found.source}, needed "
+                        f"{self.answers_each} of {source}; give another --out, or rate {journal.path} as a file"
                     )
             missing = range(len(journal.entries), len(chosen))
             if missing:
@@ -163,16 +175,23 @@ class Rate:
                     console.print(f"{i + 1:,} of {len(chosen):,} questions answered")
             return journal.entries[: len(chosen)]
 
-    def _summary(self, mine: list[comparisons.Comparison], pairs: int, counts: Counter[str]) -> dict[str, Any]:
-        preferred = [c for c in mine if not c.tie]
-        return {
-            "pairs": pairs,
-            "rated": len(mine),
-            "rated_now": sum(counts.values()) - counts["skip"],
-            "ties": len(mine) - len(preferred),
+    def _summary(self, shown: list[Pair], journal: Journal[Comparison], counts: Counter[Choice]) -> dict[str, Any]:
+        said = self._said(shown, journal)
+        preferred = [c for c in said if not c.tie]
+        summary = {
+            "comparisons": str(journal.path),
+            "rater": self._name,
+            "pairs": len(set(map(_key, shown))),
+            "rated": len(said),
+            "rated_now": counts.total() - counts["skip"],
+            "ties": len(said) - len(preferred),
             "skipped": counts["skip"],
             "left_share": sum(c.side == "left" for c in preferred) / len(preferred) if preferred else None,
         }
+        if self.agreement:
+            same, of = agreement(said, FunctionRater(gold))
+            summary["rubric_agreement"] = same / of if of else None
+        return summary
 
     def _show(self, summary: dict[str, Any]) -> None:
         console.print(f"{summary['rated']:,} of {summary['pairs']:,} pairs rated, {summary['ties']:,} of them ties")
@@ -181,6 +200,10 @@ class Rate:
         if summary.get("rubric_agreement") is not None:
             console.print(f"the rubric prefers the same answer in {summary['rubric_agreement']:.0%}")
         console.print(f"saved: {summary['comparisons']}")
+
+
+def _key(pair: Pair) -> tuple[tuple[Message, ...], frozenset[str]]:
+    return pair.prompt, frozenset((pair.left, pair.right))
 
 
 class Person:
@@ -193,7 +216,7 @@ class Person:
         boxes = [Panel(Text(visible(text)), title=key, width=width) for key, text in (("1", a), ("2", b))]
         console.print(Text(f"\n{visible(prompt)}", style="bold"))
         console.print(Columns(boxes, padding=(0, 1)), soft_wrap=False)
-        while (said := KEYS.get(_key("1 left, 2 right, t tie, s skip, q quit: "))) is None:
+        while (said := KEYS.get(_pressed("1 left, 2 right, t tie, s skip, q quit: "))) is None:
             console.print("needed one of 1, 2, t, s, q")
         if said == "quit":
             raise Quit
@@ -215,7 +238,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def _key(prompt: str) -> str:
+def _pressed(prompt: str) -> str:
     """One key where there is a terminal, or else the first letter of a line."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input(prompt).strip().lower()[:1]
@@ -223,7 +246,7 @@ def _key(prompt: str) -> str:
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     try:
-        tty.setcbreak(handle)  # keys as they come; Ctrl-C still interrupts
+        tty.setcbreak(handle, termios.TCSADRAIN)  # keys as they come, also early ones; Ctrl-C still interrupts
         pressed = os.read(handle, 1)
     finally:
         termios.tcsetattr(handle, termios.TCSADRAIN, before)

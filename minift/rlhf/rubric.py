@@ -43,10 +43,10 @@ How real first lines fare (`python -c "from minift.rlhf import rubric; print(rub
 the mean of each item; "shuffled" gives each question the answer to another one):
 
                        about   specific       says imperative   sentence       line       gold   names it
-    what it does       0.664      0.734      0.872      0.810      0.999      0.868      0.356      0.728
-    what it is         0.716      0.727      0.889      1.000      0.998      0.877      0.416      0.775
-    all                0.676      0.733      0.876      0.856      0.999      0.870      0.371      0.740
-    shuffled           0.014      0.733      0.991      0.724      0.999      0.870      0.007      0.012
+    what it does       0.685      0.714      0.864      0.810      0.999      0.868      0.352      0.754
+    what it is         0.728      0.713      0.882      1.000      0.998      0.877      0.411      0.789
+    all                0.696      0.714      0.869      0.856      0.999      0.870      0.366      0.762
+    shuffled           0.014      0.714      0.991      0.724      0.999      0.870      0.007      0.013
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from minift.data.stdlib_docs import instruction_pairs
 
 LINE = 72  # characters: PEP 8 for docstrings
 ENOUGH = 2  # content words beyond the thing's own say something
-BUDGET = 0.06  # of commonness; 1.4 % of real first lines have more
+BUDGET = 0.06  # of commonness; 0.6 % of real first lines have more
 
 # What carries no content: function words, and what names and docstrings say of everything.
 _FUNCTION_WORDS = """
@@ -166,10 +166,11 @@ def items(prompt: str, answer: str) -> Items:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The words of the name's last part and of the part before it, and whether the question is what the thing does."""
+    """The words of the name's last part, of the part before it, of all parts; and whether it is to *do* something."""
 
     last: tuple[str, ...]
     before: tuple[str, ...]
+    all: tuple[str, ...]
     does: bool
 
 
@@ -182,7 +183,7 @@ def _asked(prompt: str) -> _Asked:
             "use another rater for other questions"
         )
     before, last = ["", *names[-1].rstrip(".()").split(".")][-2:]
-    return _Asked(_parts(last), _parts(before), bool(_DOES.search(prompt)))
+    return _Asked(_parts(last), _parts(before), _parts(names[-1]), bool(_DOES.search(prompt)))
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -211,20 +212,19 @@ def _named(parts: Sequence[str], words: Iterable[str]) -> float:
 @lru_cache(maxsize=1 << 17)
 def _cover(part: str, word: str) -> frozenset[int]:
     """Which letters of a part of a name a word accounts for."""
-    everything = frozenset(range(len(part)))
     stem = _stem(word)
     if stem == _stem(part) or (len(part) >= 3 and word.startswith(part)):  # parse: parsing; dir: directory
-        return everything
-    at = part.find(stem)
-    if len(stem) >= 4 or (len(stem) == 3 and (part.startswith(stem) or part.endswith(stem))):  # isfinite: finite
-        return frozenset(range(at, at + len(stem))) if at >= 0 else frozenset()
+        return frozenset(range(len(part)))
+    inside = word if word in part else stem
+    if len(inside) >= 4 or (len(inside) == 3 and (part.startswith(inside) or part.endswith(inside))):
+        at = part.find(inside)  # isfinite: finite
+        return frozenset(range(at, at + len(inside))) if at >= 0 else frozenset()
     return frozenset()
 
 
 def _new(asked: _Asked, words: Iterable[str]) -> set[str]:
     """The stems of the words that are not the thing's own."""
-    own = (*asked.last, *asked.before)
-    return {_stem(word) for word in words if not any(_cover(part, word) for part in own) and len(word) > 1}
+    return {_stem(word) for word in words if not any(_cover(part, word) for part in asked.all) and len(word) > 1}
 
 
 @lru_cache(maxsize=1 << 15)
