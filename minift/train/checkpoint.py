@@ -34,6 +34,7 @@ class Checkpoint:
     v: Arrays
     best: Arrays = field(default_factory=dict)
     best_loss: float | None = None
+    updates: int | None = None  # of the optimizer, where that is not one a step
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -43,6 +44,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for name, array in arrays.items():
         require_finite(folder / NAME, name, array)
     facts = {"step": checkpoint.step, "identity": checkpoint.identity, "best_loss": checkpoint.best_loss}
+    facts |= {} if checkpoint.updates is None else {"updates": checkpoint.updates}
     write_safetensors(folder / NAME, arrays, metadata={"minift": json.dumps(facts)})
 
 
@@ -64,6 +66,7 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
         if identity.get(key) != saved.get(key):
             needed = f"{shown(saved.get(key))}, as the run was started, or another --out"
             raise FormatError(path, key, shown(identity.get(key)), needed)
+    updates = facts.whole("updates", least=0) if "updates" in facts.values else None
     groups: dict[str, Arrays] = {group: {} for group in _GROUPS}
     for full in file.names():
         group, _, name = full.partition("/")
@@ -83,7 +86,7 @@ def load(folder: Path, identity: dict[str, Any], like: Arrays) -> Checkpoint:
         if missing := like.keys() - groups[group].keys():
             raise FormatError(path, f"{group}/{min(missing)}", "nothing", "an array for everything that learns")
     parameters, m, v, best = (groups[group] for group in _GROUPS)
-    return Checkpoint(step, saved, parameters, m, v, best, best_loss)
+    return Checkpoint(step, saved, parameters, m, v, best, best_loss, updates)
 
 
 def copy(arrays: Arrays) -> Arrays:
