@@ -7,8 +7,9 @@ the share that names the thing asked for, and the distance from the policy that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,12 +17,10 @@ from jaxtyping import Float
 from minift.data.comparisons import as_text
 from minift.io import Tokenizer
 from minift.models import llama
-from minift.nn.weight import Params, freeze
+from minift.nn.weight import Params
 from minift.rlhf import rubric
-from minift.rlhf.dpo import answer_log_probs
+from minift.rlhf.logprobs import sequence_log_probs
 from minift.rlhf.rollouts import AT_ONCE, Answers, Prompt, Score, sample
-
-Names = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,21 @@ def measure(
     """Ask the policy each question once. With the same seed, two policies that agree give the same answers."""
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     said = sample(llama.fuse(policy), prompts, config, tokenizer, **options)
-    return of_answers(said, policy, reference, prompts, score, config)
+    return of_answers(said, policy, reference, prompts, score, config, temperature)
 
 
 def of_answers(
-    said: Answers, policy: Params, reference: Params, prompts: Sequence[Prompt], score: Score, config: llama.Config
+    said: Answers,
+    policy: Params,
+    reference: Params,
+    prompts: Sequence[Prompt],
+    score: Score,
+    config: llama.Config,
+    temperature: float = 1.0,
 ) -> Measured:
     """The same for answers that were given already."""
     gold, names = rubric_scores(prompts, said.texts)
-    kl = _log_probs(policy, said, config) - _log_probs(reference, said, config)
+    kl = _log_probs(policy, said, config, temperature) - _log_probs(reference, said, config, temperature)
     return Measured(
         said.texts,
         gold,
@@ -111,8 +116,9 @@ def best_of(scores: Float[np.ndarray, "n answers"]) -> tuple[np.ndarray, float]:
     return scores.argmax(axis=0), math.log(n) - (n - 1) / n
 
 
-def _log_probs(params: Params, said: Answers, config: llama.Config) -> np.ndarray:
-    """log π of each answer, at temperature 1; a few rows at a time."""
+def _log_probs(params: Params, said: Answers, config: llama.Config, temperature: float) -> np.ndarray:
+    """log π of each answer under the distribution that it was sampled from; a few rows at a time."""
     parts = [np.arange(first, min(first + AT_ONCE, len(said))) for first in range(0, len(said), AT_ONCE)]
-    frozen = freeze(params)
-    return np.concatenate([answer_log_probs(frozen, said.batch.take(p), config, recompute=True)[0] for p in parts])
+    options: dict[str, Any] = {"temperature": temperature or 1.0, "recompute": True}
+    found = [sequence_log_probs(params, said.batch.take(part), config, **options)[0][0] for part in parts]
+    return np.concatenate([logp.sum(axis=1) for logp in found])

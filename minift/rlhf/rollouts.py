@@ -91,7 +91,7 @@ def encoded(prompt: Prompt, answer: str, tokenizer: Tokenizer) -> Encoded:
 
 
 def scored_by_function(function: Callable[[str, str], float]) -> Score:
-    """A score from any `function(prompt, answer) -> float`, both as text; ValueError where it gives no finite number."""
+    """A score from any `function(prompt, answer) -> float`, both as text; ValueError for no finite number."""
 
     def score(prompts, texts):
         scores = np.empty(len(texts), np.float32)

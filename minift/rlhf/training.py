@@ -194,9 +194,7 @@ def train_ppo(
         rewards = score(asked, said.texts)
         scores = ((rewards - records[0]["reward"]) / (records[0]["reward_std"] or 1.0)).astype(np.float32)
         kl_coef = _kl_coef(records, of_ppo, batch_size)
-        fresh, kl = actor_critic.assess(
-            current, said.batch, scores, config, of_ppo, kl_coef=kl_coef, ended=said.ended
-        )
+        fresh, kl = actor_critic.assess(current, said.batch, scores, config, of_ppo, kl_coef=kl_coef, ended=said.ended)
         seen = updates(fresh, config, of_ppo, update, (settings.seed, step))
         return seen[-1] | {
             "reward": float(rewards.mean()),
