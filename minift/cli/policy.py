@@ -164,6 +164,12 @@ def load_reward(source: str, model: str) -> Score:
     return scored_by_model(freeze_all(put_on(headed, adapter)), config, load_tokenizer(model))
 
 
+def reward_digest(source: str) -> str:
+    """Of what `load_reward` loads: a run is not to go on with another reward."""
+    path = Path(source.rpartition(":")[0])
+    return path.read_text(encoding="utf-8") if path.suffix == ".py" else digest(Path(source))
+
+
 def freeze_all(params: Params) -> dict[str, Any]:
     """Merged, with nothing that learns."""
     return freeze({n: w.array if isinstance(w, Tuned) else w for n, w in lora.merge(params).items()})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minift.cli.common import console, emit
-from minift.cli.policy import Start, identity, load_reward, may_resume, questions, start, stopped
+from minift.cli.policy import Start, identity, load_reward, may_resume, questions, reward_digest, start, stopped
 from minift.cli.watch import Watcher
 from minift.data.comparisons import as_text
 from minift.io import atomic_write, refuse_to_destroy
@@ -107,7 +107,8 @@ class Ppo:
         refuse_to_destroy(self.out / "adapter", {"adapter_config.json"})
         begin, score = start(self.model, self.adapter), load_reward(self.reward, self.model)
         learn, held_out = questions(self.questions, self.eval_questions)
-        trained = train(self, begin, score, learn, held_out, self.out, may_resume(self.out, self.resume))
+        resume = may_resume(self.out, self.resume)
+        trained = train(self, begin, score, learn, held_out, self.out, resume, reward_digest(self.reward))
         if stopped(trained.result):
             return 130
         summary = trained.summary() | {"seconds": round(time.perf_counter() - started, 1)}
@@ -145,9 +146,16 @@ class Trained:
 
 
 def train(
-    command: Ppo, begin: Start, score: Score, learn: list[Prompt], held_out: list[Prompt], out: Path, resume: bool
+    command: Ppo,
+    begin: Start,
+    score: Score,
+    learn: list[Prompt],
+    held_out: list[Prompt],
+    out: Path,
+    resume: bool,
+    judge: str,
 ) -> Trained:
-    """The training itself, with what it is measured by."""
+    """The training itself, with what it is measured by; `judge` is a digest of what scores."""
     at_least(1, batch_size=command.batch_size, max_new_tokens=command.max_new_tokens, r=command.r)
     settings = Settings(
         steps=command.rounds,
@@ -180,7 +188,7 @@ def train(
             batch_size=command.batch_size,
             max_new_tokens=command.max_new_tokens,
             folder=out,
-            identity=identity(command, begin, *(as_text(prompt) for prompt in (*learn, *held_out))),
+            identity=identity(command, begin, judge, *(as_text(prompt) for prompt in (*learn, *held_out))),
             resume=resume,
             report=watch,
         )

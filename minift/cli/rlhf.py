@@ -15,7 +15,7 @@ from rich.table import Table
 from minift.cli import dpo, ppo, reward
 from minift.cli.common import console, emit
 from minift.cli.finetune import Finetune
-from minift.cli.policy import Start, freeze_all, identity, may_resume, questions, start, stopped, texts
+from minift.cli.policy import Start, digest, freeze_all, identity, may_resume, questions, start, stopped, texts
 from minift.data import candidates, comparisons
 from minift.data.candidates import Candidates
 from minift.data.comparisons import Comparison
@@ -118,8 +118,8 @@ class Rlhf:
         optimize = self._command(
             ppo.Ppo, reward="", adapter=None, rounds=self.rounds, batch_size=self.batch_size, kl_coef=self.kl_coef
         )
-        resume = may_resume(self.out / "ppo", self.resume)
-        trained = ppo.train(optimize, begin, score, learn, held_out, self.out / "ppo", resume)
+        resume, judge = may_resume(self.out / "ppo", self.resume), digest(self.out / "reward" / "adapter")
+        trained = ppo.train(optimize, begin, score, learn, held_out, self.out / "ppo", resume, judge)
         if stopped(trained.result):
             return 130
         begin.save(self.out / "ppo", trained.result.params)
