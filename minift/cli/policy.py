@@ -23,8 +23,8 @@ from minift.io import Tokenizer, load_adapter, load_model, load_tokenizer, save_
 from minift.models import llama
 from minift.nn.weight import Params, freeze
 from minift.peft import lora, qlora
-from minift.peft.tuned import Tuned
 from minift.rlhf import reward_model
+from minift.rlhf.actor_critic import VALUE
 from minift.rlhf.rollouts import Prompt, Score, scored_by_function, scored_by_model
 from minift.train import checkpoint
 from minift.train.loop import Result, Settings
@@ -54,7 +54,7 @@ class Start:
 
     def save(self, folder: Path, params: Params) -> Path:
         """What was learned, together with the adapter that it began with: one adapter for the base model."""
-        learned = lora.detach({name: w for name, w in params.items() if name != "value.weight"})[1]
+        learned = lora.detach({name: w for name, w in params.items() if name != VALUE})[1]
         if self.adapter is not None:
             learned = dataclasses.replace(learned, over_nf4=self.adapter.over_nf4)
             learned = lora.mix([(self.adapter, 1.0), (learned, 1.0)])
@@ -90,7 +90,8 @@ def digest(folder: Path) -> str:
 
 def identity(command: Any, start: Start, *texts: str) -> dict[str, Any]:
     """What must agree for a checkpoint to be this run's, beside the loop's settings: also the texts themselves."""
-    elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json", "adapter", "comparisons"}
+    elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json"}
+    elsewhere |= {"adapter", "comparisons", "reward"}  # as digests, wherever they lie
     said = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     values = {n: str(v) if isinstance(v, Path) else v for n, v in dataclasses.asdict(command).items()}
     return {n: v for n, v in values.items() if n not in elsewhere} | {
@@ -161,18 +162,13 @@ def load_reward(source: str, model: str) -> Score:
     adapter = load_adapter(Path(source), headed)
     if reward_model.SCORE not in adapter.arrays:
         raise ValueError(f"{source} is an adapter without a score head, needed one that `minift reward` has trained")
-    return scored_by_model(freeze_all(put_on(headed, adapter)), config, load_tokenizer(model))
+    return scored_by_model(lora.merge(put_on(headed, adapter)), config, load_tokenizer(model))
 
 
 def reward_digest(source: str) -> str:
     """Of what `load_reward` loads: a run is not to go on with another reward."""
     path = Path(source.rpartition(":")[0])
     return path.read_text(encoding="utf-8") if path.suffix == ".py" else digest(Path(source))
-
-
-def freeze_all(params: Params) -> dict[str, Any]:
-    """Merged, with nothing that learns."""
-    return freeze({n: w.array if isinstance(w, Tuned) else w for n, w in lora.merge(params).items()})
 
 
 def _function(path: Path, name: str) -> Callable[[str, str], float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minift.cli.common import console, emit
-from minift.cli.policy import Start, identity, load_reward, may_resume, questions, reward_digest, start, stopped
+from minift.cli.policy import Start, identity, load_reward, questions, reward_digest, start, stopped
 from minift.cli.watch import Watcher
 from minift.data.comparisons import as_text
 from minift.io import atomic_write, refuse_to_destroy
@@ -107,8 +107,8 @@ class Ppo:
         refuse_to_destroy(self.out / "adapter", {"adapter_config.json"})
         begin, score = start(self.model, self.adapter), load_reward(self.reward, self.model)
         learn, held_out = questions(self.questions, self.eval_questions)
-        resume = may_resume(self.out, self.resume)
-        trained = train(self, begin, score, learn, held_out, self.out, resume, reward_digest(self.reward))
+        judge = reward_digest(self.reward)
+        trained = train(self, begin, score, learn, held_out, self.out, self.resume, judge)
         if stopped(trained.result):
             return 130
         summary = trained.summary() | {"seconds": round(time.perf_counter() - started, 1)}

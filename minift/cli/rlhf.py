@@ -15,7 +15,7 @@ from rich.table import Table
 from minift.cli import dpo, ppo, reward
 from minift.cli.common import console, emit
 from minift.cli.finetune import Finetune
-from minift.cli.policy import Start, digest, freeze_all, identity, may_resume, questions, start, stopped, texts
+from minift.cli.policy import Start, digest, identity, may_resume, questions, start, stopped, texts
 from minift.data import candidates, comparisons
 from minift.data.candidates import Candidates
 from minift.data.comparisons import Comparison
@@ -105,7 +105,7 @@ class Rlhf:
         save_adapter(self.out / "reward" / "adapter", lora.detach(taught.params)[1], begin.base, overwrite=True)
         of_reward = reward.judged(taught, pairs_held_out, begin)
         reward.show(of_reward)
-        score = scored_by_model(freeze_all(taught.params), begin.config, begin.tokenizer)
+        score = scored_by_model(lora.merge(taught.params), begin.config, begin.tokenizer)
 
         policies: dict[str, Measured] = {}
         if self.dpo_steps:
