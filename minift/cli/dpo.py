@@ -41,8 +41,8 @@ class Dpo:
     """The adapter to begin with, such as runs/finetune/adapter: what it answers now is the reference."""
     out: Path = Path("runs/dpo")
     """Where the adapter, metrics.jsonl, the loss curve and checkpoints go."""
-    steps: int = 200
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; by default as many as read each comparison once: a second time, it is learned by heart."""
     batch_size: int = 32
     """Comparisons a step."""
     method: Literal["lora", "qlora"] = "lora"
@@ -99,20 +99,21 @@ class Dpo:
 def train(command: Dpo, begin: Start, found: list[Comparison], **options: Any) -> tuple[Result, Pairs]:
     """The training itself, and the pairs that were held out."""
     at_least(1, batch_size=command.batch_size, r=command.r)
+    parts = training.split(found, command.held_out, command.seed)
+    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
+    steps = -(-len(learned) // command.batch_size) if command.steps is None else command.steps
     settings = Settings(
-        steps=command.steps,
+        steps=steps,
         learning_rate=command.learning_rate or PER_WIDTH / begin.config.hidden_size,
         seed=command.seed,
         eval_every=command.eval_every,
         save_every=command.save_every,
-        warmup_steps=min(20, command.steps // 5),
+        warmup_steps=min(20, steps // 5),
     )
-    parts = training.split(found, command.held_out, command.seed)
-    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
     console.print(f"DPO: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
     params = begin.policy(command.r, command.seed, command.method == "qlora")
     loss = {"beta": command.beta, "label_smoothing": command.label_smoothing, "loss_type": command.loss_type}
-    with Watcher(command.steps) as watch:
+    with Watcher(steps) as watch:
         options = {"batch_size": command.batch_size, "report": watch} | loss | options
         return training.train_dpo(params, learned, held_out, begin.config, settings, **options), held_out
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from minift.cli.common import console, load_with_adapter, put_on
-from minift.data import comparisons
+from minift.data import comparisons, jsonl
 from minift.data.comparisons import Comparison
-from minift.data.example import Message
+from minift.data.example import Example, Message
 from minift.data.json_lines import read_lines, string
 from minift.data.stdlib_docs import embedded
 from minift.io import Tokenizer, load_adapter, load_model, load_tokenizer, save_adapter
@@ -115,13 +115,16 @@ def stopped(result: Result) -> bool:
 # --- questions and comparisons ----------------------------------------------------------------------------------------
 
 
-def questions(source: str, held_out: int, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
-    """(to learn from, to measure on): of the built-in set, or of a JSONL file of {"prompt": …}, a tenth held out.
+def questions(source: str, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(to learn from, to measure on): of the built-in set; of a folder with train.jsonl and valid.jsonl, as
+    `minift finetune` reads it; or of a JSONL file of {"prompt": …}, a tenth held out.
 
     ValueError where one of the two is empty."""
     if source == "stdlib":
         found = embedded()
-        learn, measure = ([e.messages[:1] for e in part] for part in (found.train_pairs, found.held_out_pairs))
+        learn, measure = map(_asked, (found.train_pairs, found.held_out_pairs))
+    elif Path(source).is_dir():
+        learn, measure = map(_asked, jsonl.read_split(source))
     else:
         every = read_lines(source, lambda fields: (Message("user", string(fields, "prompt")),), '{"prompt"}')
         every = list(dict.fromkeys(every))
@@ -132,6 +135,12 @@ def questions(source: str, held_out: int, seed: int = 0) -> tuple[list[Prompt], 
         raise ValueError(f"{source}: needed at least two different questions")
     chosen = np.random.default_rng(0).permutation(len(measure))[:held_out]  # the same ones in every run
     return learn, [measure[i] for i in chosen]
+
+
+def _asked(examples: Sequence[Example]) -> list[Prompt]:
+    """The first question of each conversation."""
+    first = ((next(i for i, m in enumerate(e.messages) if m.role == "user"), e) for e in examples if e.messages)
+    return [example.messages[: i + 1] for i, example in first]
 
 
 def read_comparisons(path: Path) -> list[Comparison]:

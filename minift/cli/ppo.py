@@ -44,7 +44,7 @@ class Ppo:
     adapter: Path | None = None
     """The adapter to begin with, such as runs/finetune/adapter: what it answers now is the reference."""
     questions: str = "stdlib"
-    """stdlib (built in), or a JSONL file of {"prompt": …}; a tenth is held out."""
+    """stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL file of {"prompt": …}."""
     out: Path = Path("runs/ppo")
     """Where the adapter, metrics.jsonl, the report picture, samples and checkpoints go."""
     rounds: int = 40

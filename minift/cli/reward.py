@@ -44,8 +44,8 @@ class Reward:
     """The adapter of the model that answers, such as runs/finetune/adapter; the reward model goes on learning it."""
     out: Path = Path("runs/reward")
     """Where the adapter with its score head, metrics.jsonl, the loss curve and checkpoints go."""
-    steps: int = 200
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; by default as many as read each comparison once: a second time, it is learned by heart."""
     batch_size: int = 32
     """Comparisons a step."""
     learning_rate: float | None = None
@@ -92,20 +92,21 @@ class Reward:
 def train(command: Reward, begin: Start, found: list[Comparison], **options: Any) -> tuple[Result, Pairs]:
     """The training itself, and the pairs that were held out."""
     at_least(1, batch_size=command.batch_size, r=command.r)
+    parts = training.split(found, command.held_out, command.seed)
+    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
+    steps = -(-len(learned) // command.batch_size) if command.steps is None else command.steps
     settings = Settings(
-        steps=command.steps,
+        steps=steps,
         learning_rate=command.learning_rate or PER_WIDTH / begin.config.hidden_size,
         seed=command.seed,
         eval_every=command.eval_every,
         save_every=command.save_every,
-        warmup_steps=min(20, command.steps // 5),
+        warmup_steps=min(20, steps // 5),
     )
-    parts = training.split(found, command.held_out, command.seed)
-    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
     console.print(f"reward model: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
     rng = np.random.default_rng(command.seed)
     params = training.with_score_head(begin.bare, begin.adapter, rng, command.r)
-    with Watcher(command.steps) as watch:
+    with Watcher(steps) as watch:
         options = {"batch_size": command.batch_size, "center": command.center, "report": watch} | options
         return training.train_reward_model(params, learned, held_out, begin.config, settings, **options), held_out
 

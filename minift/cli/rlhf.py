@@ -48,6 +48,9 @@ class Rlhf:
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None
     """The fine-tuned model's adapter. Without one, tiny is fine-tuned first; another model is taken as it is."""
+    data: str = "stdlib"
+    """Where the questions come from: stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL file of
+    {"prompt": …}. The rubric judges questions that name a thing in backticks."""
     out: Path = Path("runs/rlhf")
     """Where everything goes: answers, comparisons, the folders reward, ppo and dpo, the report picture."""
     sft_steps: int = 1000
@@ -64,10 +67,10 @@ class Rlhf:
     """The policy is softmax(logits / temperature)."""
     max_new_tokens: int = 32
     """Longest answer, in tokens."""
-    reward_steps: int = 400
-    """Optimizer steps of the reward model."""
-    dpo_steps: int = 200
-    """Optimizer steps of DPO; 0 leaves it out."""
+    reward_steps: int | None = None
+    """Optimizer steps of the reward model; by default as many as read each comparison once."""
+    dpo_steps: int | None = None
+    """The same of DPO; 0 leaves it out."""
     rounds: int = 40
     """Rounds of PPO."""
     batch_size: int = 128
@@ -95,7 +98,7 @@ class Rlhf:
             if not (self.resume and adapter.exists()) and (status := self._finetune()):
                 return status
         begin = start(self.model, adapter)
-        learn, held_out = questions("stdlib", self.eval_questions)
+        learn, held_out = questions(self.data, self.eval_questions)
         found = self._compare(begin, self._answer(begin, learn))
 
         command = self._command(reward.Reward, comparisons=Path(), adapter=None, steps=self.reward_steps)
@@ -108,7 +111,7 @@ class Rlhf:
         score = scored_by_model(lora.merge(taught.params), begin.config, begin.tokenizer)
 
         policies: dict[str, Measured] = {}
-        if self.dpo_steps:
+        if self.dpo_steps != 0:
             direct = self._command(dpo.Dpo, comparisons=Path(), adapter=None, steps=self.dpo_steps)
             result, _ = dpo.train(direct, begin, found, **self._options("dpo", direct, begin, found))
             if stopped(result):
