@@ -99,9 +99,7 @@ def test_dpo_begins_at_ln_2_and_its_adapter_holds_both(call, sft, rated, tmp_pat
     assert found["eval_loss_after"] < found["eval_loss_before"] and found["rewards/accuracies"] == 1
     adapter = load_adapter(tmp_path / "dpo" / "adapter", load_model("tiny")[1])
     assert set(adapter.ranks.values()) == {8, 10}  # q and v have the first one's two beside the new eight
-    status, _, _ = call(
-        "generate", "Why?", "--adapter", tmp_path / "dpo" / "adapter", "--max-new-tokens", 3, "--json"
-    )
+    status, _, _ = call("generate", "Why?", "--adapter", tmp_path / "dpo" / "adapter", "--max-new-tokens", 3, "--json")
     assert status == 0
 
 
