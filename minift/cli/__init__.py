@@ -13,14 +13,18 @@ from minift.cli.chat import Chat
 from minift.cli.common import forget_the_reader
 from minift.cli.conformance import Conformance
 from minift.cli.convert import Convert
+from minift.cli.dpo import Dpo
 from minift.cli.finetune import Finetune
 from minift.cli.generate import Generate
 from minift.cli.info import Info
 from minift.cli.memory import Memory
 from minift.cli.merge import Merge
+from minift.cli.ppo import Ppo
 from minift.cli.pretrain import Pretrain
 from minift.cli.quantize import Quantize
 from minift.cli.rate import Rate
+from minift.cli.reward import Reward
+from minift.cli.rlhf import Rlhf
 from minift.data.example import DataError
 from minift.data.templates import TemplateError
 from minift.io import FormatError
@@ -31,6 +35,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "chat": Chat,
     "rate": Rate,
+    "reward": Reward,
+    "ppo": Ppo,
+    "dpo": Dpo,
+    "rlhf": Rlhf,
     "merge": Merge,
     "quantize": Quantize,
     "convert": Convert,

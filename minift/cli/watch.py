@@ -53,14 +53,17 @@ class Watcher:
             self._eval_loss = record["eval_loss"]
             console.print(f"step {step:>5}  held-out loss {self._eval_loss:.3f}")
             return
+        self.show(step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s")
+
+    def show(self, step: int, text: str, unit: str = "step") -> None:
+        """Move the bar, or now and then print a line."""
         self._first_step = step if self._first_step is None else self._first_step
-        text = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._last_line > self.every:
             self._last_line = time.monotonic()
             per_step = (time.monotonic() - self._started) / (step - self._first_step + 1)
-            console.print(f"step {step:>5}/{self.steps}  {text}  {per_step * (self.steps - step):,.0f} s left")
+            console.print(f"{unit} {step:>5}/{self.steps}  {text}  {per_step * (self.steps - step):,.0f} s left")
 
 
 def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:

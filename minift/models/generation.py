@@ -57,6 +57,8 @@ def probabilities(
     """The distribution that `choose` samples from, in float64: tempered, cut to top_k, then to top_p, normalized."""
     check_settings(0, temperature, top_k, top_p)
     p = np.exp(log_softmax(logits.astype(np.float64) / temperature))
+    if top_k is None and top_p is None:
+        return p / p.sum(axis=-1, keepdims=True)  # nothing is cut off, so nothing need be sorted
     order = np.argsort(-p, axis=-1, kind="stable")  # likeliest first; of equals, the lower id
     ranked = np.take_along_axis(p, order, axis=-1)
     if top_k is not None:

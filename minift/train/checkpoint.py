@@ -39,6 +39,7 @@ class Checkpoint:
     v: dict[str, Moment]
     best: Arrays = field(default_factory=dict)
     best_loss: float | None = None
+    updates: int | None = None  # of the optimizer, where that is not one a step
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -48,6 +49,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     for name, array in arrays.items():
         require_finite(folder / NAME, name, array)
     facts = {"step": checkpoint.step, "identity": checkpoint.identity, "best_loss": checkpoint.best_loss}
+    facts |= {} if checkpoint.updates is None else {"updates": checkpoint.updates}
     write_safetensors(folder / NAME, arrays, metadata={"minift": json.dumps(facts)})
 
 
@@ -76,6 +78,7 @@ def load(
         if identity.get(key) != saved.get(key):
             needed = f"{shown(saved.get(key))}, as the run was started, or another --out"
             raise FormatError(path, key, shown(identity.get(key)), needed)
+    updates = facts.whole("updates", least=0) if "updates" in facts.values else None
     before = [{n: a if moments is None else moments[n][i] for n, a in like.items()} for i in (0, 1)]
     expected = dict(zip(_GROUPS, (like, *map(_flat, before), like), strict=True))
     groups: dict[str, Arrays] = {group: {} for group in _GROUPS}
@@ -94,8 +97,8 @@ def load(
     for group in whole:
         if missing := expected[group].keys() - groups[group].keys():
             raise FormatError(path, f"{group}/{min(missing)}", "nothing", "an array for everything that learns")
-    m, v = (_as(saved, groups[group]) if step else {} for saved, group in zip(before, _GROUPS[1:3], strict=True))
-    return Checkpoint(step, identity, groups["parameter"], m, v, groups["best"], best_loss)
+    m, v = (_as(kind, groups[group]) if step else {} for kind, group in zip(before, _GROUPS[1:3], strict=True))
+    return Checkpoint(step, saved, groups["parameter"], m, v, groups["best"], best_loss, updates)
 
 
 def _flat(moments: Mapping[str, Moment]) -> Arrays:

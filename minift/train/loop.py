@@ -48,6 +48,7 @@ class Counted(Protocol):
 
 Loss = Callable[[Params, Any, float, int], tuple[np.floating, Callable]]
 Record = dict[str, Any]
+Update = Callable[[Loss, Sequence[Counted], int], Record]  # one step of the optimizer: its loss, rate, gradient's norm
 
 
 def at_least(least: int, **values: float) -> None:
@@ -111,13 +112,58 @@ def fit(
     report: Callable[[Record], None] = lambda record: None,
     engine: Engine = NUMPY,
 ) -> Result:
-    """Train what learns in `params`; the arrays that were passed in are not changed.
+    """Train what learns in `params` on batches that are known beforehand: `run` with one update a step.
 
     loss(params, batch, normalizer, dropout_key) -> value, vjp     with vjp(1.0) -> {name: gradient}
     batches(step)     the micro-batches of step 1, 2, …: a pure function; their gradients add up to that of one batch
     evaluate(params)  held-out loss, before the first step, every `eval_every` steps and after the last
+    """
+
+    def advance(step: int, current: Params, records: Sequence[Record], update: Update) -> Record:
+        started = time.perf_counter()
+        micro_batches = batches(step)
+        record = update(loss, micro_batches, fold_in(settings.seed, step))
+        tokens = sum(int(batch.lengths.sum()) for batch in micro_batches)
+        speed = tokens / (time.perf_counter() - started)
+        return record | {"tokens": tokens, "tokens_per_second": round(speed, 1)}
+
+    def measure(step: int, current: Params) -> Record:
+        return {} if evaluate is None else {"eval_loss": evaluate(current)}
+
+    return run(
+        params,
+        advance,
+        settings,
+        evaluate=measure,
+        folder=folder,
+        identity=identity,
+        resume=resume,
+        report=report,
+        engine=engine,
+    )
+
+
+def run(
+    params: Params,
+    advance: Callable[[int, Params, Sequence[Record], Update], Record],
+    settings: Settings,
+    *,
+    evaluate: Callable[[int, Params], Record] = lambda step, params: {},
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    resume: bool = False,
+    report: Callable[[Record], None] = lambda record: None,
+    engine: Engine = NUMPY,
+) -> Result:
+    """Train what learns in `params`, a step at a time; the arrays that were passed in are not changed.
+
+    advance(step, params, records, update)    does the work of step 1, 2, …: calls `update(loss, micro_batches, key)`
+                      once or more often, and returns what is to be recorded. `params` are the current ones, also after
+                      an update. What it does must follow from them, the step and the records so far
+    evaluate(step, params)    what to record before the first step, every `eval_every` steps and after the last; of the
+                      best, as `keep_best` means it, "eval_loss" is the lowest
     folder            where checkpoints and `metrics.jsonl` go; Ctrl-C, or a polite kill, leaves a checkpoint there
-    engine            what computes; `loss` and `evaluate` get its parameters, files and the result are NumPy's
+    engine            what computes; a loss and `evaluate` get its parameters, files and the result are NumPy's
     identity          what the run is (model, data, method); a checkpoint of another identity is not resumed
 
     FormatError where there is nothing to resume, or no record of it; ValueError where a loss or gradient is not finite
@@ -130,16 +176,17 @@ def fit(
     elsewhere = ("save_every", "page_budget")  # no number depends on these
     identity = (identity or {}) | {k: v for k, v in asdict(settings).items() if k not in elsewhere}
     state: dict[str, Any] = {"weight_decay": settings.weight_decay}
-    records, best, best_loss = [], Arrays(), math.inf
+    done, records, best, best_loss = 0, [], Arrays(), math.inf
     if folder is not None and not resume:
         (folder / checkpoint.NAME).unlink(missing_ok=True)  # of an earlier run, whose records are overwritten too
     if folder is not None and resume:
         eight = settings.optimizer != "adamw"
         moments = {name: zero_moments(a) for name, a in arrays.items()} if eight else None
         saved = checkpoint.load(folder, identity, arrays, moments)
-        arrays, best = saved.parameters, saved.best
+        done, arrays, best = saved.step, saved.parameters, saved.best
         best_loss = math.inf if saved.best_loss is None else saved.best_loss
-        state |= {"step": saved.step, "m": engine.send(saved.m), "v": engine.send(saved.v)}
+        updates = saved.step if saved.updates is None else saved.updates
+        state |= {"step": updates, "m": engine.send(saved.m), "v": engine.send(saved.v)}
         records = _read_records(folder / METRICS, saved.step)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,44 +198,42 @@ def fit(
         if folder is not None:
             parameters, m, v = (engine.fetch(part) for part in (arrays, optimizer.m, optimizer.v))
             best_or_none = best_loss if math.isfinite(best_loss) else None
-            checkpoint.save(
-                folder, checkpoint.Checkpoint(optimizer.step, identity, parameters, m, v, best, best_or_none)
-            )
+            updates = None if optimizer.step == done else optimizer.step
+            kept = checkpoint.Checkpoint(done, identity, parameters, m, v, best, best_or_none, updates)
+            checkpoint.save(folder, kept)
 
     with _Log(folder, records, report) as log, _stop_signals() as stopped:
 
         def evaluated(step: int) -> None:
             nonlocal best, best_loss
-            if evaluate is None:
+            measured = evaluate(step, current)
+            if not measured:
                 return
-            value = evaluate(current)
-            log({"step": step, "eval_loss": value})
-            if settings.keep_best and value < best_loss:
+            log({"step": step} | measured)
+            if settings.keep_best and (value := measured["eval_loss"]) < best_loss:
                 best, best_loss = checkpoint.copy(engine.fetch(arrays)), value
 
         if not records:
             evaluated(0)
-        while optimizer.step < settings.steps and not stopped():
-            step = optimizer.step + 1
-            started = time.perf_counter()
-            micro_batches = batches(step)
-            value, gradients = _accumulate(current, loss, micro_batches, fold_in(settings.seed, step))
-            if not math.isfinite(value):
-                raise ValueError(f"step {step}: the loss is {value}: lower the learning rate")
-            gradients, norm = engine.clip_by_global_norm(gradients, settings.max_grad_norm)
+        while done < settings.steps and not stopped():
+            step = done + 1
             eta = learning_rate(step, settings.learning_rate, settings.steps, settings.warmup_steps, settings.schedule)
-            optimizer.update(arrays, gradients, eta)
-            tokens = sum(int(batch.lengths.sum()) for batch in micro_batches)
-            speed = tokens / (time.perf_counter() - started)
-            log(
-                {"step": step, "loss": value, "learning_rate": eta, "grad_norm": norm}
-                | {"tokens": tokens, "tokens_per_second": round(speed, 1)}
-            )
+
+            def update(loss: Loss, micro_batches: Sequence[Counted], key: int, step=step, eta=eta) -> Record:
+                value, gradients = _accumulate(current, loss, micro_batches, key)
+                if not math.isfinite(value):
+                    raise ValueError(f"step {step}: the loss is {value}: lower the learning rate")
+                gradients, norm = engine.clip_by_global_norm(gradients, settings.max_grad_norm)
+                optimizer.update(arrays, gradients, eta)
+                return {"loss": value, "learning_rate": eta, "grad_norm": norm}
+
+            log({"step": step} | advance(step, current, log.records, update))
+            done = step
             if step == settings.steps or step % settings.eval_every == 0:
                 evaluated(step)
             if step % settings.save_every == 0:
                 save()
-        interrupted = optimizer.step < settings.steps
+        interrupted = done < settings.steps
         save()
     learned = best if settings.keep_best and best and not interrupted else engine.fetch(arrays)
     paging = optimizer.pager.counts if isinstance(optimizer, PagedAdamW) else {}
