@@ -19,6 +19,7 @@ from timing import Machine, Row, compare, installed
 from minift.quant.nf4 import CODE
 from minift_kernels import backend as backends
 from minift_kernels.quant import double_quant, nf4
+from minift_kernels.quant.codebooks import on_device
 from minift_kernels.quant.nf4 import NF4Tensor
 
 SHAPES = ((1024, 4096), (4096, 4096), (4096, 14336), (8192, 28672))
@@ -86,7 +87,7 @@ def bitsandbytes_state(q: NF4Tensor, dtype: torch.dtype) -> Any:
     state = bnb.QuantState(
         absmax=s if isinstance(s, torch.Tensor) else s.codes,
         shape=torch.Size(q.shape),
-        code=nf4._constant(CODE.tobytes(), q.codes.device),
+        code=on_device(CODE, q.codes.device),
         blocksize=q.block_size,
         quant_type="nf4",
         dtype=dtype,

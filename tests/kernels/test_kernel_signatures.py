@@ -41,7 +41,6 @@ WITHOUT_TWIN = {
     "quant.blockwise.element_count": NUMBERS,
     "quant.blockwise.block_count": NUMBERS,
     "quant.blockwise.check_codebook": "codebooks are NumPy's tables, and are checked there",
-    "quant.blockwise.check_vector": "minift_kernels.quant.nf4.check_vector",
     "quant.codebooks": "tables, made once in NumPy; a twin takes them to its device",
     "quant.nf4.normal_quantiles": "derives the table, once, in NumPy; the twin imports the table",
     "quant.nf4.check_block_size": NUMBERS,

@@ -18,10 +18,9 @@ from minift.quant import blockwise as reference
 from minift.quant.blockwise import TINY, block_count, element_count
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
-from minift_kernels.quant.nf4 import DTYPES, check_device
-from minift_kernels.quant.nf4 import check_vector as _check_vector
 
 KERNELS = "minift_kernels.quant.blockwise_kernels"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +42,9 @@ class BlockwiseTensor:
         if self.code.dtype != torch.float32 or self.code.dim() != 1 or not 2 <= self.code.numel() <= 256:
             found = f"{self.code.dtype} {tuple(self.code.shape)}"
             raise ValueError(f"code: {found}, needed a float32 vector of 2 to 256 entries")
-        _check_vector("codes", self.codes, torch.uint8, n, f"one for each element of shape {self.shape}")
+        check_vector("codes", self.codes, torch.uint8, n, f"one for each element of shape {self.shape}")
         blocks = block_count(n, self.block_size)
-        _check_vector("absmax", self.absmax, torch.float32, blocks, f"one for each block of {self.block_size}")
+        check_vector("absmax", self.absmax, torch.float32, blocks, f"one for each block of {self.block_size}")
         check_device("absmax", self.absmax, self.codes)
         check_device("code", self.code, self.codes)
 
@@ -190,3 +189,17 @@ def dequantize_launch(
     width = min(block_size & -block_size, tile // 2)  # a power of two that divides the block size
     options = {"BLOCK_SIZE": block_size, "WIDTH": width, "TILE": tile, "num_warps": warps, **kernels.OPTIONS}
     return Launch(kernels.dequantize, (-(-n // tile),), arguments, options)
+
+
+def check_vector(name: str, array: Tensor, dtype: torch.dtype, size: int, what: str) -> None:
+    """ValueError unless `array` has this type and size, and does not learn."""
+    if array.dtype != dtype or tuple(array.shape) != (size,):
+        raise ValueError(f"{name}: {array.dtype} {tuple(array.shape)}, needed {dtype} ({size},), {what}")
+    if array.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but a quantized weight does not learn: detach it")
+
+
+def check_device(name: str, part: Tensor, codes: Tensor) -> None:
+    """ValueError unless both are on one device."""
+    if part.device != codes.device:
+        raise ValueError(f"{name}: on {part.device}, but the codes are on {codes.device}")

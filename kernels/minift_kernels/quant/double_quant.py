@@ -20,7 +20,8 @@ from minift.quant.codebooks import DYNAMIC
 from minift.quant.double_quant import overhead_bits
 from minift_kernels import backend
 from minift_kernels.quant import nf4
-from minift_kernels.quant.nf4 import NF4Tensor, check_device, check_vector
+from minift_kernels.quant.blockwise import check_device, check_vector
+from minift_kernels.quant.nf4 import NF4Tensor
 
 __all__ = ["DoubleQuantizedScales", "compress", "compress_scales", "decompress", "overhead_bits"]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
@@ -27,10 +28,11 @@ from minift.quant.nf4 import CODE, MIDPOINTS, ZERO, check_block_size
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
 from minift_kernels.quant import nf4_matmul
+from minift_kernels.quant.blockwise import DTYPES, check_device, check_vector
+from minift_kernels.quant.codebooks import on_device
 
 KERNELS = "minift_kernels.quant.nf4_kernels"
 QUANTIZE_KERNELS = "minift_kernels.quant.nf4_quantize_kernels"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @runtime_checkable
@@ -178,7 +180,7 @@ def _encode_torch(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     rows = torch.nn.functional.pad(flat.to(torch.float32), (0, blocks * block_size - n)).view(blocks, block_size)
     absmax = rows.abs().amax(dim=1)
     scaled = rows * (1 / absmax.clamp(min=float(TINY)))[:, None]
-    codes = torch.bucketize(scaled, _constant(MIDPOINTS.tobytes(), flat.device), out_int32=True)
+    codes = torch.bucketize(scaled, on_device(MIDPOINTS, flat.device), out_int32=True)
     return pack(codes.to(torch.uint8).view(-1)[:n]), absmax
 
 
@@ -238,7 +240,7 @@ def _decode(
 def _decode_torch(codes: Tensor, scales: Tensor, shape: list[int], block_size: int) -> Tensor:
     """A byte is an index into 256 pairs of float32; whole blocks are rows, then the short last block."""
     n = element_count(tuple(shape))
-    w = _constant(_pairs(), codes.device).view(256, 2).index_select(0, codes.to(torch.int32)).view(-1)
+    w = on_device(_pairs(), codes.device).view(256, 2).index_select(0, codes.to(torch.int32)).view(-1)
     w = w[:n] if n % 2 == 0 else w[:n].clone()
     whole = n // block_size
     w[: whole * block_size].view(whole, block_size).mul_(scales[:whole, None])
@@ -275,7 +277,7 @@ def dequantize_launch(
     step = step or kernels.LAST
     weights, warps = tile or kernels.default_tile(step, out.element_size())
     absmax, *nested = (None if part is None else part.contiguous() for part in scales)
-    table = _constant(CODE.tobytes(), codes.device)
+    table = on_device(CODE, codes.device)
     n = out.numel()
     arguments: tuple = (out, codes.contiguous(), absmax, table, n, codes.numel())
     options = {"BLOCK_SIZE": block_size, "TILE": weights, "num_warps": warps, **kernels.OPTIONS}
@@ -315,29 +317,8 @@ def unpack(packed: UInt8[Tensor, " bytes"], n: int) -> UInt8[Tensor, " n"]:
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:n]
 
 
-def check_vector(name: str, vector: Tensor, dtype: torch.dtype, size: int, what: str) -> None:
-    """ValueError unless `vector` has this type and size, and does not learn."""
-    if vector.dtype != dtype or tuple(vector.shape) != (size,):
-        raise ValueError(f"{name}: {vector.dtype} {tuple(vector.shape)}, needed {dtype} ({size},), {what}")
-    if vector.requires_grad:
-        raise ValueError(f"{name}: requires a gradient, but a quantized weight does not learn: detach it")
-
-
-def check_device(name: str, part: Tensor, codes: Tensor) -> None:
-    """ValueError unless both are on one device."""
-    if part.device != codes.device:
-        raise ValueError(f"{name}: on {part.device}, but the codes are on {codes.device}")
-
-
 @cache
-def _pairs() -> bytes:
+def _pairs() -> np.ndarray:
     """What each of the 256 bytes stands for: two float32."""
-    byte = torch.arange(256)
-    code = torch.from_numpy(CODE.copy())
-    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).numpy().tobytes()
-
-
-@cache
-def _constant(values: bytes, device: torch.device) -> Float32[Tensor, " values"]:
-    """These float32 numbers, once on each device."""
-    return torch.frombuffer(bytearray(values), dtype=torch.float32).to(device)
+    byte = np.arange(256)
+    return np.stack([CODE[byte >> 4], CODE[byte & 15]], axis=1).reshape(-1)

@@ -14,7 +14,7 @@ The gradient dx = dy Ŵ goes the same way. Nothing of the size of the matrix is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from minift.quant.blockwise import block_count
 from minift.quant.nf4 import CODE
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
+from minift_kernels.quant.codebooks import on_device
 
 MATMUL_KERNELS = "minift_kernels.quant.nf4_matmul_kernels"
 MATVEC_KERNELS = "minift_kernels.quant.nf4_matvec_kernels"
@@ -51,12 +52,6 @@ def plan(rows: int, whole: bool) -> str:
 def is_whole(d_in: int, block_size: int) -> bool:
     """Does each block of weights, and so each byte, lie in one row?"""
     return d_in % block_size == 0
-
-
-@cache
-def _table(device: torch.device) -> Tensor:
-    """The sixteen numbers, once on each device."""
-    return torch.from_numpy(CODE.copy()).to(device)
 
 
 def _multiply(
@@ -184,7 +179,7 @@ def _launch(kernel, tile, summed, y, x, q, shape, block_size, nested_block_size,
     parts = (None if part is None else part.contiguous() for part in q)
     sizes = x.stride(0), n_rows, d_in, d_out, d_in // 2, d_in // block_size, -(-turns // n_parts)
     options = {"BLOCK_SIZE": block_size, "NESTED": nested_block_size, **options}
-    return Launch(kernel, grid, (y, x, *parts, _table(x.device), *sizes), options)
+    return Launch(kernel, grid, (y, x, *parts, on_device(CODE, x.device), *sizes), options)
 
 
 def meta_launch(
