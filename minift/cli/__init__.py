@@ -25,6 +25,7 @@ from minift.cli.quantize import Quantize
 from minift.cli.rate import Rate
 from minift.cli.reward import Reward
 from minift.cli.rlhf import Rlhf
+from minift.cli.study import Study
 from minift.data.example import DataError
 from minift.data.templates import TemplateError
 from minift.io import FormatError
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": Merge,
     "quantize": Quantize,
     "convert": Convert,
+    "study": Study,
     "info": Info,
     "memory": Memory,
     "conformance": Conformance,

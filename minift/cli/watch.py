@@ -86,28 +86,3 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
-
-
-def draw_resident_bytes(records: Sequence[Record], path: Path, title: str) -> None:
-    """What `train.spikes.resident_bytes` recorded, as a PNG: bytes by step with paging and without, and page faults."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    at = [r["step"] + (0.0 if r["phase"] == "update" else -0.5) for r in records]  # the update comes last
-    activations, resident, state = (
-        np.array([r[key] for r in records]) / 1e6 for key in ("activation_bytes", "resident_bytes", "state_bytes")
-    )
-    above.step(at, activations + state.max(), where="post", color="C3", linewidth=1, label="without paging")
-    above.step(at, activations + resident, where="post", color="C0", label="with paging")
-    above.fill_between(at, activations, step="post", color="0.85", label="activations")
-    above.axhline(records[0]["device_bytes"] / 1e6, color="k", linestyle="--", linewidth=1, label="the device's memory")
-    above.set(ylabel="resident (MB)", title=title)
-    above.legend(loc="upper left", fontsize="small")
-    updates = [r for r in records if r["phase"] == "update"]
-    faults = np.diff([0, *(r["page_faults"] for r in updates)])
-    below.bar([r["step"] for r in updates], faults, color="C0")
-    below.set(xlabel="step", ylabel="page faults")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)

@@ -17,13 +17,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
-from minift.cli.watch import draw_resident_bytes
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
 from minift.optim.paged import PagedAdamW
 from minift.optim.pager import Pager
 from minift.quant.blockwise import BlockwiseTensor
-from minift.train.spikes import lengths_with_spikes, resident_bytes
+from minift.studies.spikes import draw, lengths_with_spikes, resident_bytes
 from nn import checks
 
 SIZES = (8, 24, 40, 8, 100, 1, 64, 33)  # bytes of a page
@@ -440,7 +439,7 @@ def test_spikes_cost_faults_instead_of_memory(tmp_path, optimizer, state):
     assert 0 < left < pages
     faults = [r["page_faults"] for r in records if r["phase"] == "update"]
     assert np.diff([0, *faults]).tolist() == [pages, 0, pages - left, 0, pages - left, 0]
-    draw_resident_bytes(records, tmp_path / "p.png", "spikes")
+    draw(records, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

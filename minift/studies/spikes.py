@@ -11,7 +11,7 @@ of `minift.optim.pager`, at work on real moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,24 @@ from minift.optim.paged import PagedAdamW
 from minift.optim.pager import Pager
 
 Record = dict[str, Any]
+
+
+def run(model: str, seed: int, say: Callable[[str], None]) -> list[Record]:
+    """Sixty steps with 8-bit moments, every fifteenth of them of a long text; the same whatever the `model`."""
+    return resident_bytes(lengths_with_spikes(seed=seed), AdamW8bit())
+
+
+def rows(records: Sequence[Record]) -> list[Record]:
+    """What the run came to, in one row."""
+    most = max(r["activation_bytes"] for r in records)
+    return [
+        {
+            "device_bytes": records[0]["device_bytes"],
+            "peak_without_paging": most + records[-1]["state_bytes"],
+            "peak_with_paging": max(r["activation_bytes"] + r["resident_bytes"] for r in records),
+            "page_faults": records[-1]["page_faults"],
+        }
+    ]
 
 
 def lengths_with_spikes(
@@ -66,3 +84,28 @@ def resident_bytes(
                 | {"page_faults": paged.pager.faults, "device_bytes": device_bytes}
             )
     return records
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Bytes by step with paging and without, and page faults, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    at = [r["step"] + (0.0 if r["phase"] == "update" else -0.5) for r in records]  # the update comes last
+    activations, resident, state = (
+        np.array([r[key] for r in records]) / 1e6 for key in ("activation_bytes", "resident_bytes", "state_bytes")
+    )
+    above.step(at, activations + state.max(), where="post", color="C3", linewidth=1, label="without paging")
+    above.step(at, activations + resident, where="post", color="C0", label="with paging")
+    above.fill_between(at, activations, step="post", color="0.85", label="activations")
+    above.axhline(records[0]["device_bytes"] / 1e6, color="k", linestyle="--", linewidth=1, label="the device's memory")
+    above.set(ylabel="resident (MB)", title="a long sequence among short ones")
+    above.legend(loc="upper left", fontsize="small")
+    updates = [r for r in records if r["phase"] == "update"]
+    faults = np.diff([0, *(r["page_faults"] for r in updates)])
+    below.bar([r["step"] for r in updates], faults, color="C0")
+    below.set(xlabel="step", ylabel="page faults")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
