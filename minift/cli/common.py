@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from minift.data import jsonl, stdlib_docs
+from minift.data import jsonl, stdlib_docs, topics
 from minift.data.batches import Batch, Encoded, batch_indices, pad
 from minift.data.example import Example, Message
 from minift.data.templates import encode_all, encode_prompt, end_of_turn
@@ -75,10 +75,12 @@ class Data:
 
 
 def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: int) -> Data:
-    """`stdlib`, the embedded questions and answers, or a JSONL file or folder, split into training and held out."""
+    """`stdlib` or `topics`, the embedded questions and answers, or a JSONL file or folder; training and held out."""
     if source == "stdlib":
         found = stdlib_docs.embedded()
         train, held_out = found.train_pairs, found.held_out_pairs
+    elif source == "topics":
+        train, held_out = topics.topic_pairs()
     else:
         train, held_out = jsonl.read_split(source)
     chosen = np.random.default_rng(0).permutation(len(held_out))[:eval_examples]  # the same ones in every run

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minift.cli.common import console, load_with_adapter, put_on
-from minift.data import comparisons, jsonl
+from minift.data import comparisons, jsonl, topics
 from minift.data.comparisons import Comparison
 from minift.data.example import Example, Message
 from minift.data.json_lines import read_lines, string
@@ -123,6 +123,8 @@ def questions(source: str, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
     if source == "stdlib":
         found = embedded()
         learn, measure = map(_asked, (found.train_pairs, found.held_out_pairs))
+    elif source == "topics":
+        learn, measure = topics.questions()
     elif Path(source).is_dir():
         learn, measure = map(_asked, jsonl.read_split(source))
     else:

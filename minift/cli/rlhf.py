@@ -48,9 +48,10 @@ class Rlhf:
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None
     """The fine-tuned model's adapter. Without one, tiny is fine-tuned first; another model is taken as it is."""
-    data: str = "stdlib"
-    """Where the questions come from: stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL file of
-    {"prompt": …}. The rubric judges questions that name a thing in backticks."""
+    data: str = "topics"
+    """Where the questions come from: topics or stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL
+    file of {"prompt": …}. The rubric judges questions "about one topic and another." and those that name a thing in
+    backticks; of those, tiny names too little for any reward to hold on to."""
     out: Path = Path("runs/rlhf")
     """Where everything goes: answers, comparisons, the folders reward, ppo and dpo, the report picture."""
     sft_steps: int = 1000
@@ -160,7 +161,9 @@ class Rlhf:
     def _finetune(self) -> int:
         folder = self.out / "sft"
         resume = may_resume(folder, self.resume)
-        return Finetune(r=32, lora_alpha=64, steps=self.sft_steps, out=folder, seed=self.seed, resume=resume).run()
+        return Finetune(
+            data=self.data, r=32, lora_alpha=64, steps=self.sft_steps, out=folder, seed=self.seed, resume=resume
+        ).run()
 
     # --- answers and comparisons ---
 

@@ -1,9 +1,10 @@
 """A written rubric for one-line docstrings (PEP 257), and its score without noise: the gold score.
 
-The questions are those of the embedded set, "What does `math.isqrt` do?", and the answer is to be a docstring's first
-line. The rubric has six items, each in [0, 1], read off the question and the answer alone:
+The questions are those of the embedded set, "What does `math.isqrt` do?", or those of `data.topics`, "Write a docstring
+about file and path.", and the answer is to be a docstring's first line. The rubric has six items, each in [0, 1], read
+off the question and the answer alone:
 
-    about         names the thing asked for: how much of `isqrt` stands in the answer
+    about         names the thing asked for: how much of `isqrt` stands in the answer, or which of the two topics
     specific      and does not name everything else as well
     says          says something of it: content words beyond the thing's own, two or more for the full mark
     imperative    begins with a verb in the imperative ("Return", not "Returns"), where the thing is one that *does*
@@ -17,21 +18,23 @@ answers every question alike, and stays there. In (1) the best form in the world
 not about the thing, and an answer that is about it keeps a quarter of its worth without any form.
 
 What `about` sees. The last part of the name is split at "_" and at capitals (`set_childWatcher`: child, watcher), words
-that names and docstrings use for everything ("get", "return", "object") do not count, and it is measured how many of
-the letters left are found in the answer, by three rules: a word of the same stem ("parse": "parsing"), a longer word
-that the part abbreviates ("dir": "directory"), a word inside a part that is written together ("isfinite": "finite").
-What the last part leaves open, the part before it (the class, the module) can half fill.
+that names and docstrings use for everything ("get", "return", "object") do not count, and of each word left it is
+measured how many of its letters are found in the answer, by three rules: a word of the same stem ("parse": "parsing"),
+a longer word that the part abbreviates ("dir": "directory"), a word inside a part that is written together ("isfinite":
+"finite"). What the last part leaves open, the part before it (the class, the module) can half fill. Of two topics each
+is half of what is asked.
 
 What `specific` is for. "Error: read a file type." names a little of everything. How much a word names on average over
-all questions q of the embedded set is its commonness c(w), and an answer a with the set of content words W(a) has
+all questions q of a kind is its commonness c(w), and an answer a with the set of content words W(a) has
 
     m(a) = Σ_{w ∈ W(a)} c(w),     c(w) = mean_q about(q, {w}),     specific(a) = max(0, 1 - m(a) / BUDGET)         (2)
 
 `about` is subadditive in the words, so mean_q about(q, a) ≤ m(a), and whoever gives *one* answer to all questions gets
 
-    mean_q gold(q, a) ≤ m (1 - m / BUDGET) ≤ BUDGET / 4 = 0.015                                                    (3)
+    mean_q gold(q, a) ≤ m (1 - m / BUDGET) ≤ BUDGET / 4                                                            (3)
 
-however it is worded and however long it is.
+however it is worded and however long it is: 0.015 where names are asked for, 0.03 of topics, which are few, so that
+every answer names more of them.
 
 What it cannot see. Whether the answer is *true*: "Return the finite part of a number." does as well as the truth does.
 What is said in other words: "Change the access permissions of a file." names nothing of `chmod`. Grammar, and nonsense
@@ -42,11 +45,13 @@ be had for any question, and nothing of what is held out leaks through it.
 How real first lines fare (`python -c "from minift.rlhf import rubric; print(rubric.real_docstrings())"`, Python 3.11,
 the mean of each item; "shuffled" gives each question the answer to another one):
 
-                       about   specific       says imperative   sentence       line       gold   names it
-    what it does       0.685      0.714      0.864      0.810      0.999      0.868      0.352      0.754
-    what it is         0.728      0.713      0.882      1.000      0.998      0.877      0.411      0.789
-    all                0.696      0.714      0.869      0.856      0.999      0.870      0.366      0.762
-    shuffled           0.014      0.714      0.991      0.724      0.999      0.870      0.007      0.013
+                          about   specific       says imperative   sentence       line       gold   names it
+    what it does          0.681      0.716      0.864      0.810      0.999      0.868      0.351      0.773
+    what it is            0.721      0.711      0.882      1.000      0.998      0.877      0.404      0.801
+    both                  0.691      0.714      0.869      0.856      0.999      0.870      0.364      0.780
+    both shuffled         0.015      0.714      0.991      0.724      0.999      0.870      0.007      0.016
+    topics                1.000      0.662      0.917      0.669      1.000      0.797      0.518      1.000
+    topics shuffled       0.060      0.662      0.999      0.669      1.000      0.797      0.032      0.111
 """
 
 from __future__ import annotations
@@ -58,32 +63,18 @@ from functools import cache, lru_cache
 
 import numpy as np
 
+from minift.data import topics
 from minift.data.docstrings import SENTENCE_END
 from minift.data.stdlib_docs import instruction_pairs
+from minift.data.words import IGNORED, WORD, content_words, stem
 
 LINE = 72  # characters: PEP 8 for docstrings
 ENOUGH = 2  # content words beyond the thing's own say something
 BUDGET = 0.06  # of commonness; 1.0 % of real first lines have more
+TOPICS_BUDGET = 0.12  # of commonness
 
-# What carries no content: function words, and what names and docstrings say of everything.
-_FUNCTION_WORDS = """
-    a an the this that these those it its they their there here he she you your we our i me my one
-    of to in on at by for from with into onto as about over under up out off per via than then upon within
-    is are was be been being am do does did done has have had can could may might will would shall should must
-    and or not no nor if else whether when while where which who whom whose what how why because so but only also just
-    all any each every both either neither some more most less least such same other another very
-"""
-_SAID_OF_EVERYTHING = """
-    get set return make new use using used given specified called object value thing something function method class
-    module attribute instance name call name python etc default current
-"""
-_IGNORED = frozenset((_FUNCTION_WORDS + _SAID_OF_EVERYTHING).split())
-# Longest first, so that the first that fits is the one.
-_ENDINGS = "ations ation ators ator ions ings able ion ing ors ers ies ied or er ed es s e y"
-_SUFFIXES = tuple(_ENDINGS.split())
-
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NAME = re.compile(r"`([^`\s]+)`")
+_TOPICS = re.compile(r"\babout ([a-z]+) and ([a-z]+)\.$")
 _DOES = re.compile(r"\bdoes\b")
 # What docstrings of functions begin with, in the base form.
 _IMPERATIVES = """
@@ -150,10 +141,10 @@ def items(prompt: str, answer: str) -> Items:
     Raises ValueError for a prompt that asks for no `name` in backticks: the rubric has nothing to say of it."""
     asked = _asked(prompt)
     text = answer.strip()
-    words = _content_words(text)
+    words = content_words(text)
     return Items(
         about=_about(asked, words),
-        specific=max(0.0, 1 - sum(map(_commonness, words)) / BUDGET),
+        specific=max(0.0, 1 - sum(_commonness(word, asked.of_topics) for word in words) / asked.budget),
         says=min(1.0, len(_new(asked, words)) / ENOUGH),
         imperative=float(not asked.does or _is_imperative(text)),
         sentence=float(text.endswith(".") and not text.endswith("..") and len(SENTENCE_END.split(text)) == 1),
@@ -164,23 +155,40 @@ def items(prompt: str, answer: str) -> Items:
 # --- is it about the thing, and does it say something of it -----------------------------------------------------------
 
 
+def _about_names() -> list[str]:
+    return [example.messages[0].content for example in instruction_pairs()]
+
+
+def _about_topics() -> list[str]:
+    return [prompt[0].content for side in topics.questions() for prompt in side]
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """The words of the name's last part, of the part before it, of all parts; and whether it is to *do* something."""
+    """The words of the name's last part, of the part before it, of all parts; and whether it is to *do* something.
+
+    Of a question about topics: the topics."""
 
     last: tuple[str, ...]
     before: tuple[str, ...]
     all: tuple[str, ...]
     does: bool
+    of_topics: bool = False
+
+    @property
+    def budget(self) -> float:
+        return TOPICS_BUDGET if self.of_topics else BUDGET
 
 
 @lru_cache(maxsize=8192)
 def _asked(prompt: str) -> _Asked:
+    if about := _TOPICS.search(prompt):
+        return _Asked(about.groups(), (), about.groups(), True, of_topics=True)
     names = _NAME.findall(prompt)
     if not names:
         raise ValueError(
-            f"the rubric judges answers to questions about a `name` in backticks, got {prompt[:100]!r}; "
-            "use another rater for other questions"
+            'the rubric judges answers to questions about a `name` in backticks, or "about one topic and another.", '
+            f"got {prompt[:100]!r}; use another rater for other questions"
         )
     before, last = ["", *names[-1].rstrip(".()").split(".")][-2:]
     return _Asked(_parts(last), _parts(before), _parts(names[-1]), bool(_DOES.search(prompt)))
@@ -188,13 +196,8 @@ def _asked(prompt: str) -> _Asked:
 
 def _parts(name: str) -> tuple[str, ...]:
     """The words of a name without those that say nothing, unless it has no other."""
-    words = tuple(word.lower() for word in _WORD.findall(name))
-    return tuple(word for word in words if word not in _IGNORED) or words
-
-
-def _content_words(text: str) -> set[str]:
-    """The words of a text that are not in every text."""
-    return {word for found in _WORD.findall(text) if (word := found.lower()) not in _IGNORED}
+    words = tuple(word.lower() for word in WORD.findall(name))
+    return tuple(word for word in words if word not in IGNORED) or words
 
 
 def _about(asked: _Asked, words: Iterable[str]) -> float:
@@ -204,18 +207,18 @@ def _about(asked: _Asked, words: Iterable[str]) -> float:
 
 
 def _named(parts: Sequence[str], words: Iterable[str]) -> float:
-    """The share of the letters of all parts that the words cover."""
-    covered = [set().union(*(_cover(part, word) for word in words)) for part in parts]
-    return sum(map(len, covered)) / max(1, sum(map(len, parts)))
+    """Of how much of each part the words cover, in letters, the mean; 0 where there are none."""
+    covered = (set().union(*(_cover(part, word) for word in words)) for part in parts)
+    return sum(len(letters) / len(part) for letters, part in zip(covered, parts, strict=True)) / max(1, len(parts))
 
 
 @lru_cache(maxsize=1 << 17)
 def _cover(part: str, word: str) -> frozenset[int]:
     """Which letters of a part of a name a word accounts for."""
-    stem = _stem(word)
-    if stem == _stem(part) or (len(part) >= 3 and word.startswith(part)):  # parse: parsing; dir: directory
+    cut = stem(word)
+    if cut == stem(part) or (len(part) >= 3 and word.startswith(part)):  # parse: parsing; dir: directory
         return frozenset(range(len(part)))
-    inside = word if word in part else stem
+    inside = word if word in part else cut
     if len(inside) >= 4 or (len(inside) == 3 and (part.startswith(inside) or part.endswith(inside))):
         at = part.find(inside)  # isfinite: finite
         return frozenset(range(at, at + len(inside))) if at >= 0 else frozenset()
@@ -224,36 +227,27 @@ def _cover(part: str, word: str) -> frozenset[int]:
 
 def _new(asked: _Asked, words: Iterable[str]) -> set[str]:
     """The stems of the words that are not the thing's own."""
-    return {_stem(word) for word in words if not any(_cover(part, word) for part in asked.all) and len(word) > 1}
+    return {stem(word) for word in words if not any(_cover(part, word) for part in asked.all) and len(word) > 1}
 
 
 @lru_cache(maxsize=1 << 15)
-def _commonness(word: str) -> float:
-    """c(w) of equation (2): how much of the thing asked for this word names, on average over all questions."""
-    questions, asking = _pool()
-    stem = _stem(word)
-    could = {q for part, found in asking.items() if stem in part or word.startswith(part) for q in found}
+def _commonness(word: str, of_topics: bool) -> float:
+    """c(w) of equation (2): how much of what is asked this word names, on average over all questions of a kind."""
+    questions, asking = _pool(of_topics)
+    cut = stem(word)
+    could = {q for part, found in asking.items() if cut in part or word.startswith(part) for q in found}
     return sum(_about(questions[q], (word,)) for q in could) / len(questions)
 
 
 @cache
-def _pool() -> tuple[list[_Asked], dict[str, list[int]]]:
-    """What all questions of the embedded set ask for, and which of them have a part in their names."""
-    questions = [_asked(example.messages[0].content) for example in instruction_pairs()]
+def _pool(of_topics: bool) -> tuple[list[_Asked], dict[str, list[int]]]:
+    """What all questions of a kind ask for, and which of them ask for a word."""
+    questions = [_asked(prompt) for prompt in (_about_topics() if of_topics else _about_names())]
     asking: dict[str, list[int]] = {}
     for q, asked in enumerate(questions):
         for part in {*asked.last, *asked.before}:
             asking.setdefault(part, []).append(q)
     return questions, asking
-
-
-@lru_cache(maxsize=1 << 15)
-def _stem(word: str) -> str:
-    """The word without its ending, at least three letters long."""
-    for suffix in _SUFFIXES:
-        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            return word[: -len(suffix)]
-    return word
 
 
 # --- form -------------------------------------------------------------------------------------------------------------
@@ -273,24 +267,33 @@ def table(answers: Mapping[str, Sequence[tuple[str, str]]]) -> str:
 
     Text, a row a list."""
     columns = ("about", "specific", "says", "imperative", "sentence", "line", "gold")
-    lines = [" " * 14 + "".join(f"{name:>11}" for name in (*columns, "names it"))]
+    lines = [" " * 16 + "".join(f"{name:>11}" for name in (*columns, "names it"))]
     for name, pairs in answers.items():
         found = [items(prompt, answer) for prompt, answer in pairs]
         means = [sum(getattr(item, column) for item in found) / len(found) for column in columns]
         named = sum(item.names_it for item in found) / len(found)
-        lines.append(f"{name:<14}" + "".join(f"{mean:11.3f}" for mean in (*means, named)))
+        lines.append(f"{name:<16}" + "".join(f"{mean:11.3f}" for mean in (*means, named)))
     return "\n".join(lines)
 
 
 def real_docstrings() -> str:
     """`table` for the embedded set's own answers, and for the same answers dealt out at random."""
-    pairs = [(example.messages[0].content, example.answer) for example in instruction_pairs()]
-    dealt = np.random.default_rng(0).permutation(len(pairs))
+    pairs, about_topics = (
+        [(example.messages[0].content, example.answer) for example in found]
+        for found in (instruction_pairs(), [e for side in topics.topic_pairs() for e in side])
+    )
     return table(
         {
             "what it does": [pair for pair in pairs if _asked(pair[0]).does],
             "what it is": [pair for pair in pairs if not _asked(pair[0]).does],
-            "all": pairs,
-            "shuffled": [(prompt, pairs[other][1]) for (prompt, _), other in zip(pairs, dealt, strict=True)],
+            "both": pairs,
+            "both shuffled": _shuffled(pairs),
+            "topics": about_topics,
+            "topics shuffled": _shuffled(about_topics),
         }
     )
+
+
+def _shuffled(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    dealt = np.random.default_rng(0).permutation(len(pairs))
+    return [(prompt, pairs[other][1]) for (prompt, _), other in zip(pairs, dealt, strict=True)]

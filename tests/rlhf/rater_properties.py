@@ -8,8 +8,9 @@ from functools import cache
 
 import numpy as np
 
+from minift.data import topics
 from minift.data.stdlib_docs import embedded, instruction_pairs
-from minift.rlhf.rubric import BUDGET
+from minift.rlhf.rubric import BUDGET, TOPICS_BUDGET
 
 FINITE = "What does `math.isfinite` do?"
 
@@ -78,6 +79,10 @@ def collapse_is_bounded(score):
     for answer in [*COLLAPSED[2:], " ".join(words[::150]) + "."]:
         got = mean(score, [(prompt, answer) for prompt in everything])
         assert got <= BUDGET / 4 + 1e-12, f"{answer[:80]!r} for everything gets {got:.4f}"
+    about_topics = [prompt[0].content for side in topics.questions() for prompt in side]
+    for answer in ["Read a file of text.", " ".join(topics.topics()[::20]) + ".", " ".join(topics.topics()[:8]) + "."]:
+        got = mean(score, [(prompt, answer) for prompt in about_topics])
+        assert 0 < got <= TOPICS_BUDGET / 4 + 1e-12, f"{answer[:80]!r} for all topics gets {got:.4f}"
 
 
 def collapse_is_worth_less_than_mediocrity(score):

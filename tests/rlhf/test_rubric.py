@@ -53,10 +53,10 @@ def test_where_items_are_added_up_one_sentence_for_all_is_enough():
 BY_HAND = [
     ("`math.isfinite`", "Tell whether a number is finite.", 6 / 8, 1, 1, 1, 1),
     ("`a.set_childWatcher`", "Stop the watcher for a child process.", 1, 1, 1, 1, 1),
-    ("`a.set_childWatcher`", "Stop the child.", 5 / 12, 0.5, 1, 1, 1),
+    ("`a.set_childWatcher`", "Stop the child.", 1 / 2, 0.5, 1, 1, 1),
     ("`os.listdir`", "Return the directory's entries.", 0, 1, 1, 1, 1),  # it cannot see everything
     ("`json.dir`", "Return the directory's entries.", 1, 0.5, 1, 1, 1),
-    ("`io.StringIO.getvalue`", "Return a string.", 0.5 * 6 / 8, 0, 1, 1, 1),  # what is before the last part, half
+    ("`io.StringIO.getvalue`", "Return a string.", 0.5 * 1 / 2, 0, 1, 1, 1),  # what is before the last part, half
     ("`re.compile`", "Compiles patterns eagerly", 1, 1, 0, 0, 1),
     ("`re.compile`", "Quickly compile patterns.", 1, 1, 1, 1, 1),
     ("`re.compile`", "Compile patterns. Cache them.", 1, 1, 1, 0, 1),
@@ -78,6 +78,23 @@ def test_by_hand(name, answer, about, says, imperative, sentence, line):
     assert gold(f"What does {name} do?", answer) == pytest.approx(expected.gold, abs=1e-12)
 
 
+# about, says, imperative
+ABOUT_TOPICS = [
+    ("Return the paths of all files in a folder.", 1, 0.5, 1),  # "return" says nothing
+    ("Open the file with a given mode.", 1 / 2, 1, 1),
+    ("Path to open.", 1 / 2, 0.5, 0),
+    ("Stop the thread now.", 0, 1, 1),
+    ("File path.", 1, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("answer", "about", "says", "imperative"), ABOUT_TOPICS)
+def test_topics_by_hand(answer, about, says, imperative):
+    found = items("Write a docstring about file and path.", answer)
+    assert (found.about, found.says, found.imperative) == (about, says, imperative)
+    assert found.names_it == (about >= 0.5)
+
+
 def test_only_what_does_something_needs_an_imperative():
     assert items("What is `re.Match`?", "The result of a match.").imperative == 1
     assert items("What does `re.match` do?", "The result of a match.").imperative == 0
@@ -85,11 +102,12 @@ def test_only_what_does_something_needs_an_imperative():
 
 def test_commonness_is_the_mean_over_all_questions():
     """Equation (2) by its definition, without the index; and what gives the same answer pays for each of its words."""
-    questions, _ = rubric._pool()
-    for word in ("file", "error", "isfinite", "handlers", "zzz", "x", "nan"):
-        mean = sum(rubric._about(asked, [word]) for asked in questions) / len(questions)
-        assert rubric._commonness(word) == pytest.approx(mean, rel=1e-12)
-    paid = rubric._commonness("file") + rubric._commonness("story")
+    for of_topics in (False, True):
+        questions, _ = rubric._pool(of_topics)
+        for word in ("file", "error", "isfinite", "handlers", "zzz", "x", "nan"):
+            mean = sum(rubric._about(asked, [word]) for asked in questions) / len(questions)
+            assert rubric._commonness(word, of_topics) == pytest.approx(mean, rel=1e-12)
+    paid = rubric._commonness("file", False) + rubric._commonness("story", False)
     assert items(FINITE, "File a story, a story of a file.").specific == pytest.approx(1 - paid / rubric.BUDGET)
 
 
@@ -134,7 +152,7 @@ def test_a_very_long_answer_is_judged_quickly_and_is_worth_nothing():
 
 
 def test_no_name_no_judgment():
-    with pytest.raises(ValueError, match="a `name` in backticks, got 'What is two and two"):
+    with pytest.raises(ValueError, match="a `name` in backticks, or .* got 'What is two and two"):
         gold("What is two and two?", "Four.")
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from minift.rlhf import rubric
+from minift.data.words import content_words
 from minift.rlhf.raters import FunctionRater, RubricRater, coin
 from minift.rlhf.rubric import gold, items
 
@@ -45,7 +45,7 @@ class Scores:
 
     def says_counts_the_name(prompt, answer):
         i = items(prompt, answer)
-        says = min(1, len(rubric._content_words(answer)) / 2)
+        says = min(1, len(content_words(answer)) / 2)
         return i.about * i.specific * says * (1 + i.imperative + i.sentence + i.line) / 4
 
     def words_of_the_question(prompt, answer):
