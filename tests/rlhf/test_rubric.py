@@ -152,7 +152,7 @@ def test_a_very_long_answer_is_judged_quickly_and_is_worth_nothing():
 
 
 def test_no_name_no_judgment():
-    with pytest.raises(ValueError, match="a `name` in backticks, or .* got 'What is two and two"):
+    with pytest.raises(ValueError, match=r"a `name` in backticks, or .* got 'What is two and two"):
         gold("What is two and two?", "Four.")
 
 
