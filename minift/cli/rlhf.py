@@ -40,8 +40,8 @@ class Rlhf:
     directly, and best-of-n picks by the reward model among n answers. All are measured on held-out questions by the
     rubric without noise, which nothing has been trained on: gold.
 
-    minift finetune --r 32 --steps 1000       a model that answers
-    minift rlhf --adapter runs/finetune/adapter
+    minift rlhf                               the built-in model, on two cores in some minutes
+    minift rlhf --kl-coef 0.05 --rounds 40    a long leash: the reward model is pleased, and gold falls
     """
 
     model: str = "tiny"
@@ -54,13 +54,13 @@ class Rlhf:
     backticks; of those, tiny names too little for any reward to hold on to."""
     out: Path = Path("runs/rlhf")
     """Where everything goes: answers, comparisons, the folders reward, ppo and dpo, the report picture."""
-    sft_steps: int = 1000
+    sft_steps: int = 800
     """Steps of fine-tuning, where tiny has no adapter yet."""
-    questions: int = 1000
-    """Questions whose answers are compared."""
+    questions: int = 2000
+    """At most so many questions whose answers are compared."""
     answers_each: int = 8
     """Answers to each; all pairs of them are compared, and ties left out."""
-    comparisons: int = 6000
+    comparisons: int = 9000
     """At most so many comparisons are used."""
     disagreement: float = 0.1
     """Share of the pairs on which the rater prefers the worse answer."""
@@ -72,12 +72,12 @@ class Rlhf:
     """Optimizer steps of the reward model; by default as many as read each comparison once."""
     dpo_steps: int | None = None
     """The same of DPO; 0 leaves it out."""
-    rounds: int = 40
+    rounds: int = 30
     """Rounds of PPO."""
     batch_size: int = 128
     """Answers a round."""
-    kl_coef: float = 0.05
-    """The leash of PPO. Try 0 to see the reward go on rising while gold falls."""
+    kl_coef: float = 0.3
+    """The leash of PPO. Try 0.05 to see the reward go on rising while gold falls."""
     best_of: int = 8
     """Answers that best-of-n picks from."""
     eval_questions: int = 400

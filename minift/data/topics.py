@@ -3,12 +3,12 @@
     "Write a docstring about file and path."     "Return the path of the file that holds the entry."
 
 To say what `math.isqrt` does one must know it, and to copy an unknown name a model needs more layers than the built-in
-one has. A topic is one of some eighty words, each of which stands in at least `OFTEN` docstrings of the training side;
+one has. A topic is one of some forty words, each of which stands in at least `OFTEN` docstrings of the training side;
 an answer is about it if a form of the word stands in it. The pairs are made of the same docstrings as the embedded set,
 with topics that stand in them. Like it, they are fixed by the Python that runs.
 
 Two things are held out, since there are two things to learn. The answers of the embedded set that are held out appear
-in no training text here either. And of all pairs of topics a tenth is never asked in training: `questions` gives them
+in no training text here either. And of all pairs of topics a fifth is never asked in training: `questions` gives them
 apart, to measure a policy on.
 """
 
@@ -17,15 +17,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from functools import cache
-from itertools import combinations, permutations
+from itertools import permutations
 
 from minift.data.example import Example, Message, pair
 from minift.data.split import is_held_out
 from minift.data.stdlib_docs import embedded
 from minift.data.words import content_words, stem
 
-OFTEN = 40  # docstrings in which a word stands that is a topic
-EACH = 3  # questions that are made of one docstring, at most
+OFTEN = 60  # docstrings in which a word stands that is a topic
+TO_MEASURE = 0.2  # share of the pairs of topics
+EACH = 4  # questions that are made of one docstring, at most
 
 # Said of many things, and about none of them.
 _NO_TOPICS = """
@@ -72,13 +73,13 @@ def _examples(answer: str, asked_in_training: bool = False) -> list[Example]:
 
 @cache
 def questions() -> tuple[list[tuple[Message, ...]], list[tuple[Message, ...]]]:
-    """(to learn from, to measure on): a question about every pair of topics, whether a docstring has both or not."""
+    """(to learn from, to measure on): a question about every pair of topics in either order, whether a docstring has
+    both or not."""
     sides: tuple[list[tuple[Message, ...]], list[tuple[Message, ...]]] = ([], [])
-    for one, other in combinations(topics(), 2):
-        first, second = (one, other) if len(one + other) % 2 else (other, one)
-        sides[_to_measure(one, other)].append((Message("user", question(first, second)),))
+    for two in permutations(topics(), 2):
+        sides[_to_measure(*two)].append((Message("user", question(*two)),))
     return sides
 
 
 def _to_measure(one: str, other: str) -> bool:
-    return is_held_out(" ".join(sorted((one, other))))
+    return is_held_out(" ".join(sorted((one, other))), TO_MEASURE)

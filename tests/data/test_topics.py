@@ -15,7 +15,7 @@ def asked(example_or_prompt):
 
 def test_topics_are_words_of_many_docstrings():
     found = topics.topics()
-    assert 50 < len(found) < 120 and list(found) == sorted(set(found))
+    assert 25 < len(found) < 80 and list(found) == sorted(set(found))
     assert len({stem(topic) for topic in found}) == len(found)
     answers = [set(map(stem, content_words(e.answer))) for e in embedded().train_pairs]
     for topic in found:
@@ -24,7 +24,7 @@ def test_topics_are_words_of_many_docstrings():
 
 def test_an_answer_is_about_the_topics_of_its_question():
     for side in topics.topic_pairs():
-        assert len(side) > 300
+        assert len(side) > 150
         for example in side:
             words = set(map(stem, content_words(example.answer)))
             assert {stem(topic) for topic in asked(example)} <= words
@@ -41,9 +41,10 @@ def test_nothing_that_is_held_out_is_learned_from():
     assert not measured & {frozenset(asked(e)) for e in learn}
 
 
-def test_every_pair_of_topics_is_asked_about_once():
-    n, (to_learn, to_measure) = len(topics.topics()), topics.questions()
-    assert len(to_learn) + len(to_measure) == n * (n - 1) // 2
-    assert 0.05 < len(to_measure) / (n * (n - 1) / 2) < 0.15
-    first = sum(one < other for one, other in map(asked, to_learn))
-    assert 0.3 < first / len(to_learn) < 0.7  # neither order is the rule
+def test_every_pair_of_topics_is_asked_about_in_both_orders():
+    n, sides = len(topics.topics()), topics.questions()
+    assert sum(map(len, sides)) == n * (n - 1)
+    for side in sides:
+        found = set(map(asked, side))
+        assert len(found) == len(side) and found == {(other, one) for one, other in found}
+    assert 0.1 < len(sides[1]) / (n * (n - 1)) < 0.3
