@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -218,8 +218,8 @@ class PpoWatcher(Watcher):
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def draw(records: Sequence[Record], path: Path, title: str) -> None:
-    """Reward and gold on held-out questions against KL, over the rounds, as a PNG."""
+def draw(records: Sequence[Record], path: Path, title: str, others: Mapping[str, Record] | None = None) -> None:
+    """Reward and gold on held-out questions against KL, over the rounds, as a PNG; and where `others` have come to."""
     from matplotlib.figure import Figure
 
     found = [record for record in records if "held_out" in record]
@@ -232,10 +232,16 @@ def draw(records: Sequence[Record], path: Path, title: str) -> None:
     for r in found:
         against_kl.annotate(str(r["step"]), (r["kl"], r["gold"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
     against_kl.set(xlabel="KL to the first policy (nats an answer)", ylabel="gold", title=title)
+    for number, (name, r) in enumerate((others or {}).items()):
+        against_kl.errorbar(
+            r["kl"], r["gold"], r["gold_standard_error"], fmt="v^<>"[number % 4], color="0.5", capsize=3
+        )
+        against_kl.annotate(name, (r["kl"], r["gold"]), fontsize=7, xytext=(4, -8), textcoords="offset points")
     other = against_kl.twinx()
     (reward,) = other.plot(kl, [r["reward"] for r in found], "s--", color="C3")
     other.set_ylabel("reward")
-    against_kl.legend([gold, reward], ["gold: the rubric without noise (left)", "reward (right)"], loc="best")
+    labels = ["gold: the rubric without noise (left)", "reward (right)"]
+    against_kl.legend([gold, reward], labels, loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2)
     for name, label in (
         ("distinct", "distinct answers"),
         ("names", "name the thing asked"),

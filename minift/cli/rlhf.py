@@ -129,7 +129,8 @@ class Rlhf:
         begin.save(self.out / "ppo", trained.result.params)
         policies = {"SFT": trained.before, **policies, "PPO": trained.after}
         policies[f"best of {self.best_of}"] = self._best_of(begin, held_out, score)
-        ppo.draw(trained.result.records, self.out / "report.png", f"PPO, KL coefficient {self.kl_coef:g}")
+        others = {name: measured.record() for name, measured in policies.items() if name not in ("SFT", "PPO")}
+        ppo.draw(trained.result.records, self.out / "report.png", f"PPO, KL coefficient {self.kl_coef:g}", others)
         ppo.save_samples(self.out / "samples.jsonl", held_out, trained.before, trained.after)
         summary = (
             of_reward
