@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -16,7 +16,7 @@ from minift.cli.watch import Watcher, draw_losses
 from minift.data.comparisons import Comparison
 from minift.io import refuse_to_destroy, save_adapter
 from minift.nn.weight import trainable
-from minift.peft import lora
+from minift.peft import lora, qlora
 from minift.rlhf import reward_model, training
 from minift.rlhf.pairs import Pairs
 from minift.train.loop import Result, Settings, at_least
@@ -50,6 +50,8 @@ class Reward:
     """Comparisons a step."""
     learning_rate: float | None = None
     """At its peak; by default 0.128 / hidden_size (1e-3 for tiny)."""
+    method: Literal["lora", "qlora"] = "lora"
+    """lora: an adapter on the model as it is. qlora: over its weights in 4 bits."""
     r: int = 8
     """Rank of the adapter, where none is given."""
     center: float = 0.01
@@ -105,7 +107,8 @@ def train(command: Reward, begin: Start, found: list[Comparison], **options: Any
     )
     console.print(f"reward model: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
     rng = np.random.default_rng(command.seed)
-    params = training.with_score_head(begin.bare, begin.adapter, rng, command.r)
+    base = qlora.quantize(begin.bare) if command.method == "qlora" else begin.bare
+    params = training.with_score_head(base, begin.adapter, rng, command.r)
     with Watcher(steps) as watch:
         options = {"batch_size": command.batch_size, "center": command.center, "report": watch} | options
         return training.train_reward_model(params, learned, held_out, begin.config, settings, **options), held_out

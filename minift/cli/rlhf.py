@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
@@ -48,6 +48,8 @@ class Rlhf:
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None
     """The fine-tuned model's adapter. Without one, tiny is fine-tuned first; another model is taken as it is."""
+    method: Literal["lora", "qlora"] = "lora"
+    """lora: adapters on the model as it is. qlora: over its weights in 4 bits."""
     data: str = "topics"
     """Where the questions come from: topics or stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL
     file of {"prompt": …}. The rubric judges questions "about one topic and another." and those that name a thing in
