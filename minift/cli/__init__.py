@@ -11,6 +11,7 @@ import tyro
 
 from minift.cli.chat import Chat
 from minift.cli.common import forget_the_reader
+from minift.cli.compare import Compare
 from minift.cli.conformance import Conformance
 from minift.cli.convert import Convert
 from minift.cli.dpo import Dpo
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "quantize": Quantize,
     "convert": Convert,
     "study": Study,
+    "compare": Compare,
     "info": Info,
     "memory": Memory,
     "conformance": Conformance,
