@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from minift.cli.chat import Chat
+from minift.cli.claims import Claims
 from minift.cli.common import forget_the_reader
 from minift.cli.compare import Compare
 from minift.cli.conformance import Conformance
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "study": Study,
     "compare": Compare,
+    "claims": Claims,
     "info": Info,
     "memory": Memory,
     "conformance": Conformance,
