@@ -35,8 +35,7 @@ class Claims:
     counts on real adapters, bytes of real tensors, errors of real quantizers. The verdicts: true (to the printed
     digits), approximately (within a tenth), false, or depends, with what it depends on.
 
-    minift claims                                          all of them
-    minift claims --only rank-of-the-update best-of-n      some, with the reasoning behind each
+    minift claims --only rank-of-the-update kl-of-best-of-n      explains these: what is said, where, how it is computed
     """
 
     only: tuple[str, ...] = ()
