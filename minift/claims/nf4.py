@@ -30,7 +30,7 @@ E2M1 = read_only(np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3,
 def sixteen_levels() -> Claim:
     """NF4 has 2⁴ = 16 levels, and zero is one of them: counted in the table that is derived in `quant/nf4.py`."""
     found = len(set(CODE.tolist()))
-    how = f"from {CODE[0]:g} to {CODE[-1]:g}, 7 below zero and 8 above it"
+    how = f"from {CODE[0]:g} to {CODE[-1]:g}, {(CODE < 0).sum()} below zero and {(CODE > 0).sum()} above it"
     return Claim("NF4 has 16 levels and an exact zero", PAPER, 16, found, holds(found == 16 and 0 in CODE), how, "§3")
 
 

@@ -46,7 +46,7 @@ def textbook_saving() -> Claim:
 def overhead() -> Claim:
     """With 32-bit scales and a block size of 64, scales add 32/64 = 0.5 bits a weight."""
     found = _tensors()[0].bits_per_parameter - 4
-    return Claim("scales cost 0.5 bits a weight", PAPER, 0.5, found, rounded(0.5, found, 1), "32/64", "§2")
+    return Claim("scales cost 0.5 bits a weight", PAPER, 0.5, found, rounded(0.5, found, 1), "32/64", "§3")
 
 
 def overhead_left() -> Claim:

@@ -40,8 +40,8 @@ def reward_has_no_zero() -> Claim:
 def first_ratio() -> Claim:
     """At the first step of PPO the policy is the old policy, so the ratio ρ is 1.
 
-    Log-probabilities of random answers under the built-in model, once as they are kept from sampling (nothing kept for
-    a pullback) and once as the first step computes them: the largest |ρ − 1|, in bits of float32."""
+    Log-probabilities of random answers under the built-in model, once as they are kept with the answers (without
+    activations), and once as the first step computes them: every ρ must be 1 to the bit."""
     config, params = load_model("tiny")
     rng = np.random.default_rng(0)
     batch = answers(rng.integers(0, config.vocab_size, (4, 24)), np.array([5, 6, 7, 8]), np.array([24, 20, 18, 22]))
@@ -50,7 +50,7 @@ def first_ratio() -> Claim:
     mask = counts(batch)
     ratio = ppo.ratio(new, old, mask)[mask]
     how = f"ρ of {ratio.size} tokens, all of them {ratio.min():g} to the bit" if (ratio == 1).all() else "ρ differs"
-    return Claim("the first ratio is 1", PPO, 1, float(ratio.max()), holds(bool((ratio == 1).all())), how, "eq. 6")
+    return Claim("the first ratio is 1", PPO, 1, float(ratio.max()), holds(bool((ratio == 1).all())), how, "§3")
 
 
 def kl_of_best_of_n() -> Claim:

@@ -74,6 +74,7 @@ class Run:
         Ctrl-C is passed on once, so the command leaves a checkpoint. ValueError with its own message where it fails."""
         begun = (self.folder / ASKED).exists() and (self.folder / checkpoint.NAME).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # of something else that had this folder
         atomic_write(self.folder / ASKED, (json.dumps(self._asked(), indent=2) + "\n").encode())
         command = [sys.executable, "-m", "minift", *self.arguments(), *(["--resume"] if begun else [])]
         with open(self.folder / OUTPUT, "wb") as output, stop_signals() as stopped:

@@ -9,9 +9,11 @@ import sys
 import time
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from minift.cli.apart import digest
+from minift.cli.common import peak_memory_bytes
 from minift.cli.compare import METHODS, NOTHING
 from minift.train.methods import Method
 
@@ -56,7 +58,7 @@ def test_rows_pictures_and_runs_that_are_there(call, tmp_path, options):
     assert all(f"{row['eval_loss']:.3f}" in line for row, line in zip(rows, table, strict=True))
 
     when = {path: path.stat().st_mtime_ns for path in out.glob("*/*/summary.json")}
-    (out / "prompt" / "4" / "summary.json").unlink()
+    (out / "prompt" / "4" / "asked.json").unlink()  # what is there is no longer known to be this run's
     status, again, _ = call("compare", *methods, "--seeds", 3, 4, *options, "--json")
     assert status == 0 and again[1]["eval_loss"] == prompt["eval_loss"]
     run_again = {path for path in when if path.stat().st_mtime_ns != when[path]}
@@ -116,6 +118,14 @@ def test_refusals(call, tmp_path, arguments, message):
 def test_the_defaults_are_all_methods_and_optimizers():
     assert {name.partition("+")[0] for name in METHODS} == set(get_args(Method))
     assert {name.partition("+")[2] for name in METHODS} == {"", "adamw8bit", "paged-adamw8bit"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is a process's own")
+def test_peak_memory_is_not_that_of_who_started_it():
+    large = np.ones(40_000_000)
+    code = "from minift.cli.common import peak_memory_bytes; print(peak_memory_bytes())"
+    found = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert found < large.nbytes < peak_memory_bytes()
 
 
 def test_digest_is_of_contents(tmp_path):
