@@ -203,7 +203,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             capsize=4,
             label=r["method"],
             markerfacecolor="none",
-            markersize=15 - i,  # so that one which lies on another is seen
+            markersize=max(15 - i, 4),  # so that one which lies on another is seen
         )
     left.set(xscale="log", xlabel="numbers that learn", ylabel="held-out loss (nats a token)")
     left.legend(fontsize="small")
