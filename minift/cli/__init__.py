@@ -10,7 +10,9 @@ from typing import Any
 import tyro
 
 from minift.cli.chat import Chat
+from minift.cli.claims import Claims
 from minift.cli.common import forget_the_reader
+from minift.cli.compare import Compare
 from minift.cli.conformance import Conformance
 from minift.cli.convert import Convert
 from minift.cli.dpo import Dpo
@@ -44,6 +46,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "quantize": Quantize,
     "convert": Convert,
     "study": Study,
+    "compare": Compare,
+    "claims": Claims,
     "info": Info,
     "memory": Memory,
     "conformance": Conformance,

@@ -9,6 +9,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,13 @@ def emit(result: dict[str, Any] | list[dict[str, Any]], as_json: bool, folder: P
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held at once."""
+    """The most memory this process has held at once.
+
+    Linux hands `ru_maxrss` down to a new program: one that a large process has started would begin with its figure.
+    VmHWM belongs to the program itself."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -202,7 +202,7 @@ def run(
             kept = checkpoint.Checkpoint(done, identity, parameters, m, v, best, best_or_none, updates)
             checkpoint.save(folder, kept)
 
-    with _Log(folder, records, report) as log, _stop_signals() as stopped:
+    with _Log(folder, records, report) as log, stop_signals() as stopped:
 
         def evaluated(step: int) -> None:
             nonlocal best, best_loss
@@ -304,7 +304,7 @@ def _read_records(path: Path, step: int) -> list[Record]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and a polite kill ask the loop to stop after this step; a second Ctrl-C stops at once."""
     asked = threading.Event()
 
