@@ -51,8 +51,8 @@ class Step:
 
     def run(self) -> int:
         if not self.name:
-            for name, lesson in LESSONS.items():
-                console.print(f"{name:<15} {lesson().title}")
+            for name, build in LESSONS.items():
+                console.print(f"{name:<15} {build().title}")
             emit({"lessons": [*LESSONS]}, self.json)
             return 0
         lesson = self._lesson()

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def find(name: str) -> Callable:
-    """The function of "package.module:function"; a method or a nested name with dots. ValueError where there is none."""
+    """The function of "package.module:function"; of a method with dots. ValueError where there is none."""
     module, colon, path = name.partition(":")
     if not (module and colon and path):
         raise ValueError(f"{name!r}, needed a lesson or module:function, e.g. minift.peft.lora:forward")

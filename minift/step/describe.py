@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +18,18 @@ import numpy as np
 
 from minift.step.snapshot import Summary, changed
 
-ROWS, COLUMNS, SLICES = 10, 12, 4  # more than that is shortened for show
+ROWS, COLUMNS, SLICES = 10, 16, 4  # more than that is shortened for show
 NOTHING: Any = object()  # where there was no value before
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """An array that there is only room for yet."""
+
+    facts: str
+
+    def __repr__(self) -> str:
+        return f"{self.facts}, not written yet"
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,13 @@ def said(value: Any) -> str:
     if isinstance(value, tuple | list):
         left, right = "()" if isinstance(value, tuple) else "[]"
         return left + ", ".join(map(said, value)) + right
-    text = " ".join(repr(value).split())
+    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
     return text if len(text) <= 90 else text[:87] + "…"
 
 
 def number(value: Any) -> str:
     """Enough digits to check by hand."""
-    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == bool:
+    if isinstance(value, bool | np.bool_):
         return "●" if value else "·"
     if isinstance(value, int | np.integer) or getattr(value, "dtype", np.dtype(float)).kind in "iu":
         return f"{int(value)}"

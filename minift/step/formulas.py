@@ -37,6 +37,11 @@ class Equation:
 
     CITED: ClassVar[re.Pattern] = re.compile(r"\((\d{1,2})\)")
 
+    @property
+    def body(self) -> str:
+        """Without its number, and with no more than three spaces between its terms."""
+        return re.sub(r"\s{3,}", "   ", self.text.removesuffix(f"({self.number})").strip())
+
     def defines(self, name: str, fold: Callable[[str], str] = str) -> str | None:
         """The term whose left side is this name; `fold` says which names are the same."""
         return next((term for term in self.terms if fold(name) in map(fold, _defined(term))), None) if name else None

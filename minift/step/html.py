@@ -22,6 +22,7 @@ from minift.step.recorder import Step
 from minift.step.source import Source
 from minift.step.terminal import called, note_of, results
 
+QUOTES = '"""'
 PACKAGE = Path(__file__).parent.parent.parent
 
 
@@ -54,7 +55,8 @@ def page(lesson: Lesson) -> str:
 <main>
 {scenes}
 </main>
-<footer>The lines are those of minift, recorded while they ran.<span class="keys"> Keys: → or space, ←, Home, End.</span>
+<footer>The lines are those of minift, recorded while they ran.
+<span class="keys">Keys: → or space, ←, Home, End.</span>
 </footer>
 <script>
 {_asset("page.js")}
@@ -73,7 +75,7 @@ def _scene(scene: Scene, index: int) -> str:
 {f"<p>{escape(scene.text)}</p>" if scene.text else ""}
 <div class="stage">
 <div class="sources">
-{"".join(_listing(source, key) for key, source in listed.items())}{_equations(scene)}</div>
+{_equations(scene)}{"".join(_listing(source, key) for key, source in listed.items())}</div>
 <div class="stops">
 {"".join(stops)}</div>
 </div>
@@ -101,6 +103,7 @@ def _place(step: Step, listed: dict[str, Source]) -> str:
 def _question(question: Question, scene: Scene, place: str) -> str:
     because = f" {escape(' '.join(question.because.split()))}" if question.because else ""
     return f"""<article class="stop question" {place}>
+<p class="where">Before the next line</p>
 <details><summary>{escape(question.text)}</summary>
 <p><strong>{escape(question.answer_text(scene.recording))}</strong>{because}</p></details>
 </article>
@@ -113,14 +116,20 @@ def _step(scene: Scene, number: int, step: Step, place: str) -> str:
     code = called(step) if step.kind == "call" else step.text
     note = note_of(step)
     product = products.of(step)
-    shown = [_leaf(leaf, scene, product) for name, value, old in results(step) for leaf in leaves(name, value, old)]
-    read = [] if step.kind == "return" else [
-        _leaf(leaf, scene, None)
-        for name, value in step.reads.items()
-        if not callable(value) and name not in ("self", "_")
-        for leaf in leaves(name, value, value)
-        if leaf.array is not None or not step.statement.text.startswith("def ")
+    shown = [
+        _leaf(leaf, scene, step, product) for name, value, old in results(step) for leaf in leaves(name, value, old)
     ]
+    read = (
+        []
+        if step.kind == "return"
+        else [
+            _leaf(leaf, scene, step, None, read=True)
+            for name, value in step.reads.items()
+            if not callable(value) and name not in ("self", "_")
+            for leaf in leaves(name, value)
+            if leaf.array is not None or not step.statement.text.startswith("def ")
+        ]
+    )
     direction = "backward" if step.backward else "forward"
     return f"""<article class="{classes}" {place}>
 <p class="where">{number + 1}/{len(scene.recording.steps)} · {escape(step.function)} · line {step.line}
@@ -138,20 +147,23 @@ def _formula(step: Step) -> str:
         return ""
     equation, term = step.formula.equation, step.formula.term
     number = f'<b class="number">({equation.number})</b> ' if equation.number else ""
-    text = term or " ".join(equation.text.removesuffix(f"({equation.number})").split())
+    text = term or equation.body
     return f'<p class="formula">{number}{escape(text)}</p>\n'
 
 
-def _leaf(leaf: Leaf, scene: Scene, product: Product | None) -> str:
+def _leaf(leaf: Leaf, scene: Scene, step: Step, product: Product | None, *, read: bool = False) -> str:
     name = f"<b>{escape(leaf.name)}</b>"
     if leaf.array is None:
         return f'<div class="value scalar">{name} <span>{escape(leaf.text)}</span></div>\n'
     some = leaf.changed is not None and bool(leaf.changed.any())
-    as_before = '<span class="before">as before</span>' if leaf.changed is not None and not some else ""
+    as_before = '<span class="before">as before</span>' if leaf.changed is not None and not some and not read else ""
     fits = product if product and leaf.array.shape == product.shape else None
-    tables = "".join(_table(leaf, grid, leaf.name in scene.hexadecimal, fits) for grid in grids(leaf.array))
+    hexadecimal = scene.in_hexadecimal(step.function, leaf.name)
+    tables = "".join(_table(leaf, grid, hexadecimal, fits) for grid in grids(leaf.array))
     zero = (0, 0)
-    written = f'<p class="sum">{escape(product.text)} at [0, 0]: {product.sum_at(*zero)}</p>' if fits and product else ""
+    written = (
+        f'<p class="sum">{escape(product.text)} at [0, 0]: {product.sum_at(*zero)}</p>' if fits and product else ""
+    )
     return f"""<div class="value"><p class="label">{name} <span>{escape(leaf.text)}</span>{as_before}</p>
 <div class="tables">{tables}</div>{written}</div>
 """
@@ -169,9 +181,7 @@ def _table(leaf: Leaf, grid, hexadecimal: bool, product: Product | None) -> str:
     return f"<table>{label}{rows}</table>"
 
 
-def _cell(
-    leaf: Leaf, at: tuple[int, ...] | None, largest: float, hexadecimal: bool, product: Product | None
-) -> str:
+def _cell(leaf: Leaf, at: tuple[int, ...] | None, largest: float, hexadecimal: bool, product: Product | None) -> str:
     if at is None:
         return "<td class=gap>…</td>"
     assert leaf.array is not None
@@ -211,6 +221,10 @@ def _listing(source: Source, key: str) -> str:
     for number, line in enumerate(source.lines, source.first):
         quotes = line.count('"""')
         if skipping or (quotes and line.strip().startswith(('"""', 'r"""'))):
+            if not skipping:
+                shown.append(
+                    f'<span class="line docstring"><i></i>{escape(line.partition(QUOTES)[0])}{QUOTES}…{QUOTES}</span>'
+                )
             skipping = skipping != (quotes % 2 == 1)
             continue
         shown.append(f'<span class="line" data-line="{number}"><i>{number}</i>{escape(line) or " "}</span>')
@@ -229,14 +243,10 @@ def _equations(scene: Scene) -> str:
             used.setdefault(step.formula.equation.text, step.formula.equation)
     lines = [
         f'<li data-equation="{escape(text)}"><b class="number">{f"({e.number})" if e.number else ""}</b> '
-        f"<span>{escape(_without_number(e))}</span></li>"
+        f"<span>{escape(e.body)}</span></li>"
         for text, e in used.items()
     ]
     return f'<ul class="equations" aria-label="Equations">{"".join(lines)}</ul>' if lines else ""
-
-
-def _without_number(equation: Equation) -> str:
-    return equation.text.removesuffix(f"({equation.number})").strip()
 
 
 @lru_cache(maxsize=2)

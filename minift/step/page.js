@@ -53,6 +53,13 @@
     if (line) pre.scrollTop = line.offsetTop - pre.offsetTop - pre.clientHeight / 2;
   }
 
+  /** On a question, forward first means its answer. */
+  function forward() {
+    const closed = stops[at].matches(".question") && stops[at].querySelector("details:not([open])");
+    if (closed) closed.open = true;
+    else show(at + 1);
+  }
+
   function toggle() {
     const all = root.classList.toggle("stepping") === false;
     everything.setAttribute("aria-pressed", String(all));
@@ -60,13 +67,18 @@
   }
 
   back.addEventListener("click", () => show(at - 1));
-  next.addEventListener("click", () => show(at + 1));
+  next.addEventListener("click", forward);
   slider.addEventListener("input", () => show(Number(slider.value)));
   everything.addEventListener("click", toggle);
   document.addEventListener("keydown", (event) => {
     if (event.target.closest("summary, button, input") && event.key === " ") return;
     if (event.target === slider || event.ctrlKey || event.metaKey || event.altKey) return;
-    const go = { ArrowRight: at + 1, " ": at + 1, ArrowLeft: at - 1, Home: 0, End: stops.length - 1 }[event.key];
+    if (event.key === "ArrowRight" || event.key === " ") {
+      event.preventDefault();
+      forward();
+      return;
+    }
+    const go = { ArrowLeft: at - 1, Home: 0, End: stops.length - 1 }[event.key];
     if (go === undefined) return;
     event.preventDefault();
     show(go);

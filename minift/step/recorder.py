@@ -71,6 +71,17 @@ class Step:
         """The local names that it uses, as they were before."""
         return {} if self.kind == "call" else {name: self.before[name] for name in _names(self.statement, self.before)}
 
+    @functools.cached_property
+    def unwritten(self) -> frozenset[str]:
+        """Arrays that it only made room for (np.empty): their numbers mean nothing yet."""
+        node = self.statement.node
+        if self.kind == "call" or not isinstance(node, ast.Assign) or len(node.targets) != 1:
+            return frozenset()
+        pairs = [(node.targets[0], node.value)]
+        if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+            pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
+        return frozenset(name for target, value in pairs if _makes_room(value) for name in _written(target))
+
 
 @dataclass(frozen=True, eq=False)
 class Recording:
@@ -133,7 +144,9 @@ def step(
         tracer.turn_back(result[1])
         gradients = tracer.run(result[1], *(cotangent if isinstance(cotangent, tuple) else (cotangent,)))
     if missing := [name for name in into if name not in tracer.entered]:
-        raise ValueError(f"into: {missing[0]!r} was not called; what was: {', '.join(sorted(tracer.seen)) or 'nothing'}")
+        raise ValueError(
+            f"into: {missing[0]!r} was not called; what was: {', '.join(sorted(tracer.seen)) or 'nothing'}"
+        )
     return Recording(
         _name(function), function, kept_args, kept_kwargs, kept_cotangent, tuple(tracer.steps), result, gradients
     )
@@ -159,6 +172,7 @@ class _Tracer:
         self.entered: set[str] = set()  # the names of `into` that were found
         self.seen: set[str] = set()  # helpers that were not opened
         self.backward = False
+        self._opened_functions: set[str | None] = set()
         self._frames: dict[FrameType, _Opened] = {}
         self._stack: list[FrameType] = []
         self._files = {root.co_filename}
@@ -191,6 +205,7 @@ class _Tracer:
             if found is None:
                 return beneath
             opened = self._frames[frame] = _Opened(found, len(self._stack), None, copied(_locals(frame)))
+            self._opened_functions.add(found.name)
             self._add(opened, found.signature, "call", {}, opened.before)
         self._stack.append(frame)
 
@@ -206,9 +221,10 @@ class _Tracer:
         """The source of a function that is to be recorded."""
         code = frame.f_code
         found = sources.of(code) if code.co_filename in self._files or code.co_filename.startswith(PACKAGE) else None
-        if found is None or code in self.roots:
-            return found
-        if self._is_within(found):
+        if found is None:
+            return None
+        within = found.nested_in in self._opened_functions and not found.name.endswith("lambda")
+        if within or (code in self.roots and len(self._stack) <= self.depth):
             return found
         asked = [name for name in self.into if f".{found.name}".endswith(f".{name}")]
         self.entered.update(asked)
@@ -217,10 +233,6 @@ class _Tracer:
         if found.nested_in is None:
             self.seen.add(found.name)
         return None
-
-    def _is_within(self, found: Source) -> bool:
-        """Whether this is a closure of a function that was opened; in the backward pass, to the same depth."""
-        return found.nested_in in {step.function for step in self.steps} and not found.name.endswith("lambda")
 
     def _on_event(self, opened: _Opened, frame: FrameType, event: str, arg: Any) -> None:
         if event == "exception":
@@ -326,6 +338,11 @@ def _targets(node: ast.AST) -> list[str]:
     return [name for target in targets for name in _written(target)]
 
 
+def _makes_room(value: ast.AST) -> bool:
+    """Whether this is np.empty(…) or np.empty_like(…)."""
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr.startswith("empty")
+
+
 def _written(target: ast.AST) -> list[str]:
     if isinstance(target, ast.Name):
         return [target.id]
@@ -343,13 +360,14 @@ def _names(statement: Statement, known: dict[str, Any]) -> list[str]:
     parts: list[Any] = [node]
     if type(node).__name__ in heads:
         parts = [getattr(node, name) for name in heads[type(node).__name__]]
-    found: dict[str, None] = {}
-    for part in parts:
-        for each in part if isinstance(part, list) else [part]:
-            for child in ast.walk(each):
-                if isinstance(child, ast.Name) and (isinstance(child.ctx, ast.Load) or isinstance(node, ast.AugAssign)):
-                    found[child.id] = None
-    return [name for name in found if name in known]
+    found = [
+        (child.lineno, child.col_offset, child.id)
+        for part in parts
+        for each in (part if isinstance(part, list) else [part])
+        for child in ast.walk(each)
+        if isinstance(child, ast.Name) and (isinstance(child.ctx, ast.Load) or isinstance(node, ast.AugAssign))
+    ]
+    return [name for name in dict.fromkeys(name for _, _, name in sorted(found)) if name in known]
 
 
 def _formula(source: Source, statement: Statement) -> Formula | None:

@@ -37,7 +37,7 @@ class Statement:
     def runs(self, line: int | None) -> bool:
         """Whether this line is in the part that a true condition, or one more item, leads to."""
         body = getattr(self.node, "body", None)
-        return line is not None and bool(body) and body[0].lineno <= line <= body[-1].end_lineno
+        return line is not None and body is not None and body[0].lineno <= line <= body[-1].end_lineno
 
 
 @dataclass(frozen=True, eq=False)

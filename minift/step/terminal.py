@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import math
+import textwrap
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.text import Text
 
-from minift.step.describe import NOTHING, Leaf, cell, grids, leaves
+from minift.step.describe import NOTHING, Leaf, Unwritten, cell, facts, grids, leaves
 from minift.step.lessons.lesson import Lesson, Question, Scene
 from minift.step.recorder import Step
 
@@ -77,15 +78,19 @@ def _input(prompt: str, ask: Callable[[str], str]) -> str | None:
 
 def _title(lesson: Lesson, console: Console) -> None:
     console.print(Text(lesson.title, "bold"))
-    console.print(lesson.text)
+    _paragraph(lesson.text, console)
     console.print()
 
 
 def _scene_title(scene: Scene, console: Console) -> None:
     console.print(Text(f"── {scene.title} ".ljust(WIDTH, "─"), "bold"))
     if scene.text:
-        console.print(scene.text)
+        _paragraph(scene.text, console)
     console.print()
+
+
+def _paragraph(text: str, console: Console) -> None:
+    console.print(textwrap.fill(text, WIDTH))
 
 
 def _question(question: Question) -> Text:
@@ -93,8 +98,9 @@ def _question(question: Question) -> Text:
 
 
 def _answer(question: Question, scene: Scene) -> Text:
-    because = f"  {question.because}" if question.because else ""
-    return Text.assemble(("  → ", "bold magenta"), (question.answer_text(scene.recording), "bold"), because, "\n")
+    because = textwrap.indent(textwrap.fill(question.because, WIDTH - 4), "    ")
+    answer = Text.assemble(("  → ", "bold magenta"), (question.answer_text(scene.recording), "bold"), "\n")
+    return answer.append(f"{because}\n") if because else answer
 
 
 def _step(scene: Scene, number: int, step: Step, console: Console, *, context: int) -> None:
@@ -107,7 +113,7 @@ def _step(scene: Scene, number: int, step: Step, console: Console, *, context: i
         console.print(_formula(step))
     for name, value, before in results(step):
         for leaf in leaves(name, value, before):
-            console.print(leaf_text(leaf, leaf.name in scene.hexadecimal))
+            console.print(leaf_text(leaf, scene.in_hexadecimal(step.function, leaf.name)))
     if note := note_of(step):
         console.print(Text(f"            {note}", "italic"))
     console.print()
@@ -118,7 +124,11 @@ def results(step: Step) -> list[tuple[str, object, object]]:
     if step.kind == "call":
         own = step.source.arguments
         return [(name, value, NOTHING) for name, value in step.sets.items() if name in own]
-    shown = [(name, value, step.before.get(name, NOTHING)) for name, value in step.sets.items() if name != "_"]
+    shown: list[tuple[str, object, object]] = [
+        (name, Unwritten(facts(value)) if name in step.unwritten else value, step.before.get(name, NOTHING))
+        for name, value in step.sets.items()
+        if name != "_"
+    ]
     return [*shown, *_returned(step)] if step.kind == "return" else shown
 
 
@@ -171,7 +181,7 @@ def _formula(step: Step) -> Text:
     equation, term = step.formula.equation, step.formula.term
     number = f"({equation.number})" if equation.number else "   "
     if not term:
-        return Text.assemble("     ", (number, "bold green"), f"  {' '.join(equation.text.split())}")
+        return Text.assemble("     ", (number, "bold green"), f"  {equation.body}")
     return Text.assemble("     ", (number, "bold green"), "  ", (term, "green"))
 
 
@@ -180,7 +190,7 @@ def leaf_text(leaf: Leaf, hexadecimal: bool = False) -> Text:
     shown = Text.assemble("            ", (leaf.name, "bold"), f"  {leaf.text}")
     if leaf.array is None:
         return shown
-    some = leaf.changed is not None and leaf.changed.any() and not leaf.changed.all()
+    some = leaf.changed is not None and bool(leaf.changed.any()) and not leaf.changed.all()
     if leaf.changed is not None and not leaf.changed.any():
         shown.append("  (as before)", "dim")
     for grid in grids(leaf.array):

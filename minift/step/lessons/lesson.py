@@ -57,7 +57,10 @@ class Scene:
     text: str
     recording: Recording
     questions: tuple[Question, ...] = ()
-    hexadecimal: tuple[str, ...] = ()  # names of bytes that are shown as such
+    hexadecimal: tuple[str, ...] = ()  # bytes that are shown as such: ends of names, as in "pack.returned"
+
+    def in_hexadecimal(self, function: str, name: str) -> bool:
+        return any(f".{function}.{name}".endswith(f".{end}") for end in self.hexadecimal)
 
     def questions_before(self, number: int) -> Iterable[Question]:
         """What is asked before this step. ValueError for a question that no step answers is `check`'s to raise."""

@@ -115,7 +115,7 @@ def cross_entropy_lesson() -> Lesson:
     return Lesson(
         "cross_entropy",
         "Cross-entropy: how surprised the model is by the next token",
-        "Three positions, three tokens. The logits are logarithms of [1, 2, 1], [5, 1, 2] and [1, 1, 2], so that the\n"
+        "Three positions, three tokens. The logits are logarithms of [1, 2, 1], [5, 1, 2] and [1, 1, 2], so that the "
         "probabilities are quarters and eighths. The second position does not count.",
         (
             Scene(

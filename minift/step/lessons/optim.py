@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minift.optim.adamw import adamw_1
 from minift.optim.adamw8bit import adamw8bit_1, zero_moments
 from minift.step.lessons.lesson import Lesson, Question, Scene
-from minift.step.recorder import step
+from minift.step.recorder import Recording, step
 
 THETA = np.array([1.0, 1.0, 1.0, 1.0])
 GRADIENT = np.array([4.0, -0.5, 0.001, 0.0])
-SETTINGS = {"learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99}
+SETTINGS: dict[str, Any] = {"learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99}
 
 
 def adamw_lesson() -> Lesson:
@@ -32,13 +34,13 @@ def adamw_lesson() -> Lesson:
                     Question(
                         "m_hat =",
                         "And m̂ = m / (1 − β₁)?",
-                        lambda r: float(r.args[1][0]),
+                        lambda r: float(r.value_of("m_hat")[0]),
                         "At step 1 the correction gives back the gradient itself.",
                     ),
                     Question(
                         "theta =",
-                        "The gradients 4 and 0.001 differ by a factor of 4,000. By what factor do the two steps differ?",
-                        lambda r: 1.0,
+                        "The gradients 4 and 0.001 differ by a factor of 4,000. And the two steps?",
+                        lambda r: _moved(r, 0) / _moved(r, 2),
                         "m̂ / √v̂ is ±1 for both: only the sign is left. Both move by η, and decay by ηλ = 0.01.",
                     ),
                     Question(
@@ -66,6 +68,11 @@ def adamw_lesson() -> Lesson:
     )
 
 
+def _moved(recording: Recording, at: int) -> float:
+    """How far a parameter at 1 was moved, apart from its decay."""
+    return round(abs(float(recording.value[0][at]) - 0.99), 4)
+
+
 def adamw8bit_lesson() -> Lesson:
     theta, gradient = THETA.astype(np.float32), GRADIENT.astype(np.float32)
     m, v = zero_moments(theta, block_size=4, min_8bit_size=0)
@@ -85,13 +92,14 @@ def adamw8bit_lesson() -> Lesson:
                         "def adamw8bit_1",
                         "How many bytes do both moments of four numbers take here? In float32 it is 32.",
                         lambda r: r.args[2].nbytes + r.args[3].nbytes,
-                        "A byte a number and a float32 a block, twice. With blocks of 256 it is 2 + 8/256 bytes a number.",
+                        "A byte a number and a float32 a block, twice. In blocks of 256: 2 + 8/256 bytes a number.",
                     ),
                     Question(
                         "np.maximum(q.codes",
-                        "v of the third is (0.001 / 4)² = 6e-8 of the block's largest; the map's smallest is 3.3e-7. Which code?",
+                        "v of the third is (0.001 / 4)² = 6e-8 of the largest; the map begins at 3.3e-7. Which code?",
                         lambda r: int(r.value[2].codes[2]),
-                        "The nearest entry is zero, code 0. But then θ would next move by η m̂ / ε; so what is not zero gets at least code 1.",
+                        "The nearest entry is zero, code 0; but with v = 0 the next step would be η m̂ / ε. So what is "
+                        "not zero gets at least code 1.",
                     ),
                     Question(
                         "return q",
@@ -109,7 +117,7 @@ def adamw8bit_lesson() -> Lesson:
                 (
                     Question(
                         "theta, new_m, new_v",
-                        "v of the third is now larger than it should be. Does its parameter move too far, or too little?",
+                        "v of the third is now larger than it should be. Does it move too far, or too little?",
                         lambda r: "too little" if abs(r.value[0][2] - r.args[0][2]) < 0.1 else "too far",
                         "Too little is harmless.",
                     ),

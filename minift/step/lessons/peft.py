@@ -31,7 +31,7 @@ def lora_lesson() -> Lesson:
     return Lesson(
         "lora",
         "LoRA: W' = W + s B A",
-        "A weight of 4 × 3 numbers stays as it is; what is learned is a difference of rank 1, s B A with s = α / r = 2.\n"
+        "A weight of 4 × 3 numbers stays as it is; what is learned is a difference of rank 1, s B A, s = α / r = 2. "
         "B starts at zero. One row of activations goes forward, one cotangent back, and B takes one step.",
         (
             Scene(
@@ -42,7 +42,7 @@ def lora_lesson() -> Lesson:
                     Question(
                         "def forward",
                         "W has 12 numbers. How many are trainable here?",
-                        lambda r: lora.trainable_parameters(*r.args[1].shape, len(r.args[2])),
+                        lambda r: lora.trainable_parameters(W.shape[0], W.shape[1], len(r.args[2])),
                         "r (in + out) = 1 · (3 + 4). It saves nothing once r ≥ in · out / (in + out).",
                     ),
                     Question(
@@ -67,7 +67,7 @@ def lora_lesson() -> Lesson:
                         "dB =",
                         "dy = [1, 0, −1, 2] and h = 2: what is dB?",
                         lambda r: r.gradients[3],
-                        "B can move, because A is not zero. With both at zero nothing would ever move;\n"
+                        "B can move, because A is not zero. With both at zero nothing would ever move; "
                         "     with neither at zero the model would have changed before the first step.",
                     ),
                 ),
@@ -130,7 +130,8 @@ def merge_lesson() -> Lesson:
     return Lesson(
         "merge",
         "Merging: the adapter becomes part of the weight",
-        "W' = W + s B A is formed once. It is exact over plain weights; over 4-bit weights it depends on where it goes.",
+        "W' = W + s B A is formed once. It is exact over plain weights; over 4-bit weights it depends on what one "
+        "writes the result into.",
         (
             Scene(
                 "Merge",
@@ -151,7 +152,7 @@ def merge_lesson() -> Lesson:
             ),
             Scene(
                 "Over 4-bit weights, quantized again",
-                "Now the base is NF4, and the adapter adds little: s B A is 0.1 or 0.2 in size.\n"
+                "Now the base is NF4, and the adapter adds little: s B A is 0.1 or 0.2 in size. "
                 "What moves a weight by less than half a gap between two values of its block moves it not at all.",
                 requantized,
             ),
@@ -189,7 +190,7 @@ def qlora_lesson() -> Lesson:
                 (
                     Question(
                         "def forward",
-                        "The twelve numbers of W in float32 take 48 bytes. How many do 12 codes and one float32 scale take?",
+                        "W in float32 takes 48 bytes. How many do 12 codes and one float32 scale take?",
                         lambda r: r.args[1].nbytes,
                         "Two codes a byte, and 4 bytes for the scale of the block.",
                     ),
@@ -259,7 +260,7 @@ def prefix_lesson() -> Lesson:
                 (
                     Question(
                         "p = probabilities",
-                        "The first token's scores are those of the prefix, of itself, of what comes after it. What probability has the last?",
+                        "The first token scores the prefix, itself, and what comes after. The last one's probability?",
                         lambda r: float(r.value_of("p", "attention_1")[0, 2]),
                         "Its score is −inf: it cannot be seen.",
                     ),

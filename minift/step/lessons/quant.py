@@ -15,6 +15,7 @@ BLOCK = np.array([0.12, -0.34, 0.56, -1.20, 0.90, 0.00, -0.05, 0.31], np.float32
 def nf4_lesson() -> Lesson:
     quantized = step(nf4.quantize, BLOCK, 64, into=("_scale", "_encode", "pack"))
     codes = nf4.unpack(quantized.value.codes, 8)
+    nf4_error = blockwise.round_trip_error(BLOCK, nf4.CODE, 64)
     return Lesson(
         "nf4",
         "NF4: sixteen values from the normal distribution, two in a byte",
@@ -63,7 +64,15 @@ def nf4_lesson() -> Lesson:
                         "The codes 8 and 4 become 84. The other order would swap every pair of neighbors.",
                     ),
                 ),
-                ("codes", "packed", "pairs", "returned", "returned.codes"),
+                (
+                    "packed",
+                    "pairs",
+                    "returned.codes",
+                    "pack.returned",
+                    "quantize.codes",
+                    "_encode.codes",
+                    "_encode.pairs",
+                ),
             ),
             Scene(
                 "And back",
@@ -77,17 +86,17 @@ def nf4_lesson() -> Lesson:
                         "It fell to the exact zero.",
                     ),
                 ),
-                ("codes", "q.codes"),
+                ("nf4._decode.codes", "q.codes"),
             ),
             Scene(
                 "The same block in evenly spaced codes",
-                "INT4 has 15 values, all 1/7 apart. For normal weights its mean error is larger; for one block it may not be.",
+                "INT4 has 15 values, all 1/7 apart. It loses more of normal weights; of one block it may lose less.",
                 step(blockwise.round_trip_error, BLOCK, INT4, 64, depth=0),
                 (
                     Question(
                         "return float",
-                        f"NF4's mean error here is {blockwise.round_trip_error(BLOCK, nf4.CODE, 64):.4f}. Is INT4's larger?",
-                        lambda r: "yes" if r.value > blockwise.round_trip_error(BLOCK, nf4.CODE, 64) else "no",
+                        f"NF4's mean error here is {nf4_error:.4f}. Is INT4's larger?",
+                        lambda r: "yes" if r.value > nf4_error else "no",
                     ),
                 ),
             ),
@@ -122,7 +131,7 @@ def double_quant_lesson() -> Lesson:
                         "codes = np.maximum",
                         "Is there a scale whose nearest code would decode to a negative number?",
                         lambda r: "yes" if _negative(r) else "no",
-                        "Then all weights of its block would change their sign. It takes the smallest code that does not.",
+                        "All weights of its block would change their sign. It gets the smallest code that does not.",
                     ),
                 ),
             ),
@@ -170,7 +179,7 @@ def dequantize_lesson() -> Lesson:
     return Lesson(
         "dequantize",
         "Dequantization: scales first, then weights",
-        "Two blocks of 64 weights; the second is twice the first, and all but eight of each are zero.\n"
+        "Two blocks of 64 weights; the second is twice the first, and all but eight of each are zero. "
         "Their two scales are double-quantized.",
         (
             Scene(
@@ -197,7 +206,7 @@ def dequantize_lesson() -> Lesson:
                         "High nibble first: code 8, then code 4.",
                     ),
                 ),
-                ("codes", "q.codes"),
+                ("nf4._decode.codes", "q.codes"),
             ),
         ),
     )

@@ -22,7 +22,7 @@ def reward_lesson() -> Lesson:
         (
             Scene(
                 "Forward and backward",
-                "Nobody says what an answer is worth, only which one is better: σ(r_w − r_l) is how likely the model finds it.",
+                "Nobody says what an answer is worth, only which is better; σ(r_w − r_l) is how likely that is.",
                 step(pairwise_loss, chosen, rejected, cotangent=1.0),
                 (
                     Question(
@@ -40,7 +40,9 @@ def reward_lesson() -> Lesson:
                     Question(
                         "return dd",
                         "Add 10 to all four rewards. Does the loss change?",
-                        lambda r: "no" if np.isclose(pairwise_loss(r.args[0] + 10, r.args[1] + 10)[0], r.value[0]) else "yes",
+                        lambda r: (
+                            "no" if np.isclose(pairwise_loss(r.args[0] + 10, r.args[1] + 10)[0], r.value[0]) else "yes"
+                        ),
                         "Only differences count, so the gradients of a pair add up to zero and the zero drifts.",
                     ),
                 ),
@@ -70,7 +72,7 @@ def gae_lesson() -> Lesson:
     return Lesson(
         "gae",
         "From one score to an advantage for each token",
-        "A prompt of one token and an answer of three. The answer scores 3; its tokens' KL to the reference is 1, 0 and 2.",
+        "A prompt of one token, an answer of three. It scores 3; its tokens' KL to the reference is 1, 0 and 2.",
         (
             Scene(
                 "What each token earns",
@@ -119,7 +121,7 @@ def ppo_lesson() -> Lesson:
     return Lesson(
         "ppo",
         "PPO: how far one may go on what was sampled",
-        "Four tokens. The policy has moved since it wrote them: the ratios are 1.5, 1.5, 0.5, 0.5; advantages alternate.",
+        "Four tokens. The policy has moved since it wrote them: the ratios are 1.5, 1.5, 0.5, 0.5.",
         (
             Scene(
                 "The clipped objective",
@@ -164,7 +166,7 @@ def dpo_lesson() -> Lesson:
     return Lesson(
         "dpo",
         "DPO: the policy is its own reward model",
-        "Two pairs of answers and their log-probabilities. In the first nothing has moved since the reference;\n"
+        "Two pairs of answers and their log-probabilities. In the first nothing has moved since the reference; "
         "in the second the chosen answer is likelier by 1 nat and the rejected one less likely by 1.",
         (
             Scene(
