@@ -6,6 +6,7 @@ source with its line marked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from html import escape
@@ -43,7 +44,7 @@ def page(lesson: Lesson) -> str:
 <body>
 <header>
 <h1>{escape(lesson.title)}</h1>
-<p>{escape(lesson.text)}</p>
+<p>{_prose(lesson.text)}</p>
 </header>
 <nav aria-label="Steps" hidden>
 <button type="button" id="back" aria-label="Back">← Back</button>
@@ -72,7 +73,7 @@ def _scene(scene: Scene, index: int) -> str:
     stops = [stop for number, step in enumerate(steps) for stop in _stops(scene, number, step, listed)]
     return f"""<section class="scene" id="scene-{index + 1}">
 <h2>{escape(scene.title)}</h2>
-{f"<p>{escape(scene.text)}</p>" if scene.text else ""}
+{f"<p>{_prose(scene.text)}</p>" if scene.text else ""}
 <div class="stage">
 <div class="sources">
 {_equations(scene)}{"".join(_listing(source, key) for key, source in listed.items())}</div>
@@ -247,6 +248,10 @@ def _equations(scene: Scene) -> str:
         for text, e in used.items()
     ]
     return f'<ul class="equations" aria-label="Equations">{"".join(lines)}</ul>' if lines else ""
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 @lru_cache(maxsize=2)

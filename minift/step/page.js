@@ -32,7 +32,7 @@
     back.disabled = at === 0;
     next.disabled = at === stops.length - 1;
     scrollToLine(scene.querySelector(".listing.now"));
-    history.replaceState(null, "", `#${at + 1}`);
+    if (location.protocol !== "about:") history.replaceState(null, "", `#${at + 1}`); // in a notebook there is no address
   }
 
   function highlight(span, term) {
