@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from replay import agree, replay, replayable
 
 from minift.nn.norms import rms_norm
 from minift.peft import lora
@@ -137,6 +138,13 @@ def test_values_are_copies_and_writes_through_views_are_seen():
         ("y *= 2", {"y": [[4, 6], [6, 8]], "view": [4, 6]}),
         ("np.negative(y, out=y)", {"y": [[-4, -6], [-6, -8]], "view": [-4, -6]}),
     ]
+
+
+def test_every_step_of_views_follows_from_its_inputs():
+    for recorded in step(in_place, np.array([[1.0, 2.0], [3.0, 4.0]])).steps:
+        if replayable(recorded):
+            names, _ = replay(recorded)
+            assert all(agree(names[name], now) for name, now in recorded.sets.items()), recorded.text
 
 
 def test_copies_of_views_share_memory_as_their_originals_do():
