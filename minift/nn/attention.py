@@ -43,7 +43,7 @@ def attention_1(q, k, v, visible):
     for b, h in np.ndindex(q.shape[:2]):
         scores = q[b, h] @ k[b, h // group].T * scale  # (T, S), S of (3)
         e, total = _exponentials(np.where(visible[b], scores, -np.inf))
-        p = probabilities[b, h] = e / total  # P of (3) is E / Z
+        p = probabilities[b, h] = e / total
         y[b, h] = p @ v[b, h // group]
 
     def vjp(dy):

@@ -18,7 +18,7 @@ import numpy as np
 
 from minift.step.snapshot import Summary, changed
 
-ROWS, COLUMNS, SLICES = 10, 16, 4  # more than that is shortened for show
+ROWS, COLUMNS, SLICES, PARTS = 10, 16, 4, 6  # more than that is shortened for show
 NOTHING: Any = object()  # where there was no value before
 
 
@@ -58,13 +58,17 @@ def leaves(name: str, value: Any, before: Any = NOTHING) -> Iterator[Leaf]:
         text = f"{facts(value)}; from {value.low:.4g} to {value.high:.4g}, too large to keep"
         yield Leaf(name, text)
     elif isinstance(value, tuple | list) and any(_has_arrays(part) for part in value):
-        for index, part in enumerate(value):
+        for index, part in enumerate(value[:PARTS]):
             earlier = before[index] if isinstance(before, tuple | list) and index < len(before) else NOTHING
             yield from leaves(f"{name}[{index}]", part, earlier)
+        if len(value) > PARTS:
+            yield Leaf(name, f"and {len(value) - PARTS:,} more")
     elif isinstance(value, dict) and value:
-        for key, part in value.items():
+        for key, part in [*value.items()][:PARTS]:
             earlier = before.get(key, NOTHING) if isinstance(before, dict) else NOTHING
             yield from leaves(f"{name}[{key!r}]", part, earlier)
+        if len(value) > PARTS:
+            yield Leaf(name, f"and {len(value) - PARTS:,} more")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type) and _has_arrays(value):
         yield Leaf(name, repr(value))
         for field in dataclasses.fields(value):

@@ -74,13 +74,7 @@ class Step:
     @functools.cached_property
     def unwritten(self) -> frozenset[str]:
         """Arrays that it only made room for (np.empty): their numbers mean nothing yet."""
-        node = self.statement.node
-        if self.kind == "call" or not isinstance(node, ast.Assign) or len(node.targets) != 1:
-            return frozenset()
-        pairs = [(node.targets[0], node.value)]
-        if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
-            pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
-        return frozenset(name for target, value in pairs if _makes_room(value) for name in _written(target))
+        return frozenset() if self.kind == "call" else _room(self.statement.node, ("empty",))
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,9 +332,19 @@ def _targets(node: ast.AST) -> list[str]:
     return [name for target in targets for name in _written(target)]
 
 
-def _makes_room(value: ast.AST) -> bool:
-    """Whether this is np.empty(…) or np.empty_like(…)."""
-    return isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr.startswith("empty")
+def _room(node: ast.AST, makers: tuple[str, ...]) -> frozenset[str]:
+    """The names that a statement sets to np.empty(…), np.zeros_like(…) or the like: room for what is to come."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+        return frozenset()
+    pairs = [(node.targets[0], node.value)]
+    if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+        pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
+    made = [
+        target
+        for target, value in pairs
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr.startswith(makers)
+    ]
+    return frozenset(name for target in made for name in _written(target))
 
 
 def _written(target: ast.AST) -> list[str]:
@@ -372,4 +376,6 @@ def _names(statement: Statement, known: dict[str, Any]) -> list[str]:
 
 def _formula(source: Source, statement: Statement) -> Formula | None:
     comment = " ".join(line.partition("  # ")[2] for line in statement.text.splitlines())
-    return find(source.equations, _targets(statement.node), comment, source.elsewhere)
+    room = _room(statement.node, ("empty", "zeros", "ones", "full"))
+    names = [name for name in _targets(statement.node) if name not in room]
+    return find(source.equations, names, comment, source.elsewhere)

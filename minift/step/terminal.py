@@ -7,9 +7,11 @@ import math
 import textwrap
 from collections.abc import Callable
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from minift.step import products
 from minift.step.describe import NOTHING, Leaf, Unwritten, cell, facts, grids, leaves
 from minift.step.lessons.lesson import Lesson, Question, Scene
 from minift.step.recorder import Step
@@ -52,6 +54,7 @@ def walk(lesson: Lesson, console: Console, ask: Callable[[str], str] = input) ->
         answer = _input(f"  {at + 1}/{len(places)}   {KEYS}  ", ask)
         if answer is None or answer.strip().lower() == "q":
             return
+        console.print()
         at = max(at - 1, 0) if answer.strip().lower() == "b" else at + 1
     console.print("  That was all of it.")
 
@@ -114,6 +117,9 @@ def _step(scene: Scene, number: int, step: Step, console: Console, *, context: i
     for name, value, before in results(step):
         for leaf in leaves(name, value, before):
             console.print(leaf_text(leaf, scene.in_hexadecimal(step.function, leaf.name)))
+    product = products.of(step)
+    if product and step.sets and all(np.shape(value) == product.shape for value in step.sets.values()):
+        console.print(Text(f"              {product.text} at [0, 0]: {product.sum_at(0, 0)}", "dim"))
     if note := note_of(step):
         console.print(Text(f"            {note}", "italic"))
     console.print()
@@ -136,7 +142,8 @@ def _returned(step: Step) -> list[tuple[str, object, object]]:
     """What was returned; of several values each under the name that it has in the source."""
     expression = getattr(step.statement.node, "value", None)
     if isinstance(expression, ast.Tuple) and isinstance(step.value, tuple) and len(expression.elts) == len(step.value):
-        names = map(ast.unparse, expression.elts)
+        simple = (ast.Name, ast.Attribute)
+        names = [ast.unparse(e) if isinstance(e, simple) else f"returned[{i}]" for i, e in enumerate(expression.elts)]
         return [(name, part, NOTHING) for name, part in zip(names, step.value, strict=True) if part is not None]
     return [("returned", step.value, NOTHING)]
 
@@ -165,8 +172,8 @@ def _source(step: Step, context: int) -> Text:
     lines, first = step.source.lines, step.source.first
     if step.kind == "call":
         return Text(f"  → {step.line:>5}  {called(step)}", "bold cyan")
-    start = max(step.statement.first - context, first) if context else step.statement.first
-    stop = min(step.statement.last + context, first + len(lines) - 1) if context else step.statement.last
+    start = max(step.statement.first - context, min(step.source.statements))
+    stop = min(step.statement.last + context, max(step.source.statements))
     shown = Text()
     for line in range(start, stop + 1):
         now = step.statement.first <= line <= step.statement.last

@@ -27,7 +27,7 @@ class Question:
     def answer_text(self, recording: Recording) -> str:
         found = self.found(recording)
         if isinstance(found, np.ndarray):
-            found = found.tolist()
+            found = found.item() if found.size == 1 else found.squeeze().tolist()
         return found if isinstance(found, str) else said(found)
 
     def found(self, recording: Recording) -> Any:
