@@ -23,12 +23,18 @@ from minift.step.recorder import step
 class Step:
     """Step through the mathematics: the reference itself, a line at a time, with its numbers.
 
-    minift step lora                          Enter goes on, b goes back, q ends
-    minift step lora --html lora.html         the same as a page for the browser, in one file
-    minift step minift.nn.mlp:swiglu --args arguments.json --all
+    minift step lora
 
-    A lesson asks before it shows; type an answer, or Enter. Without a name the lessons are listed. Any other function
-    is named as module:function. Its arguments are a JSON file: a list of them, lists of numbers being arrays, or
+    Enter goes on, b goes back, q ends. A lesson asks before it shows: type an answer, or Enter. Without a name the
+    lessons are listed.
+
+    minift step lora --html lora.html
+
+    makes the same a page for the browser, in one file.
+
+    minift step minift.nn.mlp:swiglu --args arguments.json
+
+    goes through any other function. Its arguments are a JSON file: a list of them, lists of numbers being arrays, or
     {"args": [...], "kwargs": {...}, "cotangent": [...], "dtype": "float32"}; with a cotangent the pullback runs too.
     """
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from minift.step import html, terminal
 from minift.step.describe import leaves
-from minift.step.lessons.lesson import Lesson, Scene
+from minift.step.lessons.lesson import Lesson, Question, Scene
 from minift.step.recorder import Recording, Step
 
 HEIGHT = 640  # pixels
@@ -30,7 +30,7 @@ class Shown:
         return (
             f'{frame}title="{escape(self.lesson.title)}"></iframe>\n'
             f"<details><summary>{escape(self.lesson.title)}: every step as a table</summary>\n<table>\n"
-            "<thead><tr><th>line</th><th>statement</th><th>equation</th><th>what it set</th></tr></thead>\n"
+            "<thead><tr><th>line</th><th>statement and equation</th><th>what it set</th></tr></thead>\n"
             f"<tbody>{steps}</tbody>\n</table></details>\n"
         )
 
@@ -64,8 +64,18 @@ def _row(scene: Scene, number: int) -> str:
         if step.formula.equation.number and step.formula.term:
             equation += f"  ({step.formula.equation.number})"
     return (
-        f"<tr><td>{escape(step.function)}:{step.line}</td><td><pre>{escape(code)}</pre></td>"
-        f"<td>{escape(equation)}</td><td><pre>{escape(_values(step))}</pre></td></tr>\n"
+        "".join(_question(question, scene) for question in scene.questions_before(number))
+        + f"<tr><td>{escape(step.function)}<br>line {step.line}</td><td><code>{escape(code)}</code>"
+        + (f"<br><i>{escape(equation)}</i>" if equation else "")
+        + f"</td><td><pre>{escape(_values(step))}</pre></td></tr>\n"
+    )
+
+
+def _question(question: Question, scene: Scene) -> str:
+    answer = f"{question.answer_text(scene.recording)}  {question.because}"
+    return (
+        f"<tr><td></td><td><b>{escape(question.text)}</b></td>"
+        f"<td><details><summary>answer</summary>{escape(answer)}</details></td></tr>\n"
     )
 
 

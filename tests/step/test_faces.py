@@ -216,7 +216,8 @@ def test_a_notebook_gets_the_page_and_a_table_where_frames_are_not_shown(lora_le
     frames = [a for tag, a in page.found if tag == "iframe"]
     assert len(frames) == 1 and frames[0]["srcdoc"] == html.page(lora_lesson)
     steps = sum(len(scene.recording.steps) for scene in lora_lesson.scenes)
-    assert sum(tag == "tr" for tag, _ in page.found) == steps + 1
+    questions = sum(len(scene.questions) for scene in lora_lesson.scenes)
+    assert sum(tag == "tr" for tag, _ in page.found) == steps + questions + 1
     text = "".join(page.texts)
     assert "h = s x̃ Aᵀ  (2)" in text and "dB  float64 (4, 1), 32 bytes" in text
     assert "x_tilde @ A.T" in repr(shown) and "\x1b" not in repr(shown)
