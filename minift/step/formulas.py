@@ -59,7 +59,7 @@ def equations(docstring: str) -> list[Equation]:
     """Everything that this docstring sets apart and numbers, and unnumbered lines that define something."""
     found = []
     for line in docstring.splitlines():
-        if not line.startswith("    "):
+        if not (line.startswith("    ") or re.search(r"\s{3,}\(\d{1,2}\)$", line)):
             continue
         text = line.strip()
         number = re.search(r"\((\d{1,2})\)$", text)

@@ -6,6 +6,7 @@ GitHub and nbviewer show neither frames nor scripts, but tables; a notebook that
 from __future__ import annotations
 
 import io
+import textwrap
 from html import escape
 
 from rich.console import Console
@@ -82,4 +83,4 @@ def _question(question: Question, scene: Scene) -> str:
 def _values(step: Step) -> str:
     found = [leaf for name, value, before in terminal.results(step) for leaf in leaves(name, value, before)]
     lines = [terminal.leaf_text(leaf).plain for leaf in found]
-    return "\n".join([*lines, terminal.note_of(step)]).strip()
+    return textwrap.dedent("\n".join([*lines, f"            {terminal.note_of(step)}"])).strip()

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from minift.step import source as sources
 from minift.step.formulas import Formula, find
+from minift.step.names import names_read, names_set, room_for
 from minift.step.snapshot import copied, same
 from minift.step.source import Source, Statement
 
@@ -69,12 +70,14 @@ class Step:
     @functools.cached_property
     def reads(self) -> dict[str, Any]:
         """The local names that it uses, as they were before."""
-        return {} if self.kind == "call" else {name: self.before[name] for name in _names(self.statement, self.before)}
+        return (
+            {} if self.kind == "call" else {name: self.before[name] for name in names_read(self.statement, self.before)}
+        )
 
     @functools.cached_property
     def unwritten(self) -> frozenset[str]:
         """Arrays that it only made room for (np.empty): their numbers mean nothing yet."""
-        return frozenset() if self.kind == "call" else _room(self.statement.node, ("empty",))
+        return frozenset() if self.kind == "call" else room_for(self.statement.node, ("empty",))
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +255,7 @@ class _Tracer:
             return  # left, not entered
         if isinstance(node, ast.For | ast.AsyncFor) and not statement.runs(following):
             return  # nothing was left to go through
-        targets = set(_targets(node))
+        targets = set(names_set(node))
         before = opened.before
         sets = {
             name: value
@@ -315,67 +318,8 @@ def _name(function: Callable) -> str:
     return found.name if found else repr(function)
 
 
-def _targets(node: ast.AST) -> list[str]:
-    """The names that a statement assigns to, or writes into with an index; those of `out=` too."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.Assign):
-        targets: list[ast.AST] = [*node.targets]
-    elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.AsyncFor):
-        targets = [node.target]
-    elif isinstance(node, ast.With):
-        targets = [item.optional_vars for item in node.items if item.optional_vars]
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        targets = [keyword.value for keyword in node.value.keywords if keyword.arg == "out"]
-    else:
-        targets = []
-    return [name for target in targets for name in _written(target)]
-
-
-def _room(node: ast.AST, makers: tuple[str, ...]) -> frozenset[str]:
-    """The names that a statement sets to np.empty(…), np.zeros_like(…) or the like: room for what is to come."""
-    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
-        return frozenset()
-    pairs = [(node.targets[0], node.value)]
-    if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
-        pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
-    made = [
-        target
-        for target, value in pairs
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr.startswith(makers)
-    ]
-    return frozenset(name for target in made for name in _written(target))
-
-
-def _written(target: ast.AST) -> list[str]:
-    if isinstance(target, ast.Name):
-        return [target.id]
-    if isinstance(target, ast.Tuple | ast.List):
-        return [name for part in target.elts for name in _written(part)]
-    if isinstance(target, ast.Subscript | ast.Starred | ast.Attribute):
-        return _written(target.value)
-    return []
-
-
-def _names(statement: Statement, known: dict[str, Any]) -> list[str]:
-    """The names that a statement reads, in the order of its text; of one with a body, those of its head."""
-    node = statement.node
-    heads = {"For": ["iter"], "If": ["test"], "While": ["test"], "With": ["items"], "FunctionDef": [], "Try": []}
-    parts: list[Any] = [node]
-    if type(node).__name__ in heads:
-        parts = [getattr(node, name) for name in heads[type(node).__name__]]
-    found = [
-        (child.lineno, child.col_offset, child.id)
-        for part in parts
-        for each in (part if isinstance(part, list) else [part])
-        for child in ast.walk(each)
-        if isinstance(child, ast.Name) and (isinstance(child.ctx, ast.Load) or isinstance(node, ast.AugAssign))
-    ]
-    return [name for name in dict.fromkeys(name for _, _, name in sorted(found)) if name in known]
-
-
 def _formula(source: Source, statement: Statement) -> Formula | None:
     comment = " ".join(line.partition("  # ")[2] for line in statement.text.splitlines())
-    room = _room(statement.node, ("empty", "zeros", "ones", "full"))
-    names = [name for name in _targets(statement.node) if name not in room]
+    room = room_for(statement.node, ("empty", "zeros", "ones", "full"))
+    names = [name for name in names_set(statement.node) if name not in room]
     return find(source.equations, names, comment, source.elsewhere)
