@@ -114,7 +114,8 @@ def _source(filename: str, file: _File, node: Function, around: tuple[ast.AST, .
     module = filename.replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     first = _starts_at(outermost)
     statements: dict[int, Statement] = {}
-    _add(statements, file.lines, [node] if isinstance(node, ast.Lambda) else node.body)
+    body = [node] if isinstance(node, ast.Lambda) else node.body[bool(_docstring(node)) :]
+    _add(statements, file.lines, body)
     return Source(
         name=".".join([module, *names]),
         file=filename,

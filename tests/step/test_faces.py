@@ -98,6 +98,7 @@ def test_the_current_line_is_marked_among_its_neighbors(lora_lesson):
     marked = [line for line in text.splitlines() if re.match(r"  → +\d+  ", line)]
     assert any("y, base_vjp = base.linear(x)" in line for line in marked)
     assert re.search(r"^    +\d+      base = Frozen", text, re.MULTILINE), "its neighbor, without a mark"
+    assert '"""' not in text, "a docstring is no neighbor"
 
 
 def test_color_is_for_terminals_only_and_changed_cells_are_seen_without_it():
