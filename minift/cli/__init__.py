@@ -27,6 +27,7 @@ from minift.cli.quantize import Quantize
 from minift.cli.rate import Rate
 from minift.cli.reward import Reward
 from minift.cli.rlhf import Rlhf
+from minift.cli.step import Step
 from minift.cli.study import Study
 from minift.data.example import DataError
 from minift.data.templates import TemplateError
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": Merge,
     "quantize": Quantize,
     "convert": Convert,
+    "step": Step,
     "study": Study,
     "compare": Compare,
     "claims": Claims,
@@ -55,7 +57,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 DESCRIPTION = """Fine-tuning of language models from first principles, in NumPy.
 
-`minift finetune` teaches the built-in model to answer questions, in about a minute; `minift COMMAND --help` explains
+`minift finetune` teaches the built-in model to answer questions, in about a minute; `minift step lora` goes through the
+mathematics a line at a time; `minift COMMAND --help` explains
 each command and its settings."""
 
 

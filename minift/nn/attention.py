@@ -41,7 +41,7 @@ def attention_1(q, k, v, visible):
     scale = 1 / math.sqrt(q.shape[-1])
     y, probabilities = np.empty_like(q), {}
     for b, h in np.ndindex(q.shape[:2]):
-        scores = q[b, h] @ k[b, h // group].T * scale  # (T, S)
+        scores = q[b, h] @ k[b, h // group].T * scale  # (T, S), S of (3)
         e, total = _exponentials(np.where(visible[b], scores, -np.inf))
         p = probabilities[b, h] = e / total
         y[b, h] = p @ v[b, h // group]
@@ -52,7 +52,7 @@ def attention_1(q, k, v, visible):
             g = h // group
             dv[b, g] += p.T @ dy[b, h]  # several query heads read one value head: their cotangents add up
             dp = dy[b, h] @ v[b, g].T
-            dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+            dscores = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))  # dS of (2)
             dq[b, h] = dscores @ k[b, g] * scale
             dk[b, g] += dscores.T @ q[b, h] * scale
         return dq, dk, dv

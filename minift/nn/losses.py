@@ -47,7 +47,7 @@ def cross_entropy(
     e = logits - logits.max(axis=-1, keepdims=True)  # (..., vocab)
     at_label = np.take_along_axis(e, target[..., None], axis=-1)  # (..., 1)
     np.exp(e, out=e)
-    total = e.sum(axis=-1, keepdims=True)  # p = e / total
+    total = e.sum(axis=-1, keepdims=True)  # e / total is p of (1)
     nll = (np.log(total) - at_label)[..., 0]  # (...)
     loss = np.where(counts, nll, 0).sum() / n
 

@@ -33,13 +33,13 @@ def rms_norm(
     The mean is not subtracted, unlike in `layer_norm`; ε keeps an all-zero row at zero.
     """
     gain, gain_learns = unwrap(weight)
-    inv_rms = 1 / np.sqrt(_mean_of_products(x, x) + eps)  # (..., 1)
+    inv_rms = 1 / np.sqrt(_mean_of_products(x, x) + eps)  # (..., 1), from rms(x) of (1)
     x_hat = x * inv_rms  # (..., d)
     y = x_hat * gain
 
     def vjp(dy):
         dx_hat = dy * gain  # from  y = x_hat * gain
-        dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None
+        dweight = sum_to(dy * x_hat, gain.shape) if gain_learns else None  # dγ of (2)
         dx = dx_hat - x_hat * _mean_of_products(dx_hat, x_hat)
         dx *= inv_rms
         return dx, dweight

@@ -66,7 +66,7 @@ def adamw8bit_1(
     check_gradient(gradient)
     open_m, open_v = (blockwise.dequantize(q, theta.dtype) for q in (m, v))
     settings = step, learning_rate, beta1, beta2, eps, weight_decay
-    theta, new_m, new_v = adamw_1(theta, gradient, open_m, open_v, *settings)
+    theta, new_m, new_v = adamw_1(theta, gradient, open_m, open_v, *settings)  # (2)
     return theta, blockwise.quantize(new_m, DYNAMIC, m.block_size), quantize_second(new_v, v.block_size)
 
 
@@ -102,7 +102,7 @@ def piece(q: BlockwiseTensor, elements: slice, blocks: slice) -> BlockwiseTensor
 def quantize_second(v: Float[np.ndarray, "*shape"], block_size: int = BLOCK_SIZE) -> BlockwiseTensor:
     """v over the unsigned map, nearest but for equation (1): nothing but zero becomes zero."""
     q = blockwise.quantize(v, DYNAMIC_UNSIGNED, block_size)
-    np.maximum(q.codes, v.reshape(-1) > 0, out=q.codes)
+    np.maximum(q.codes, v.reshape(-1) > 0, out=q.codes)  # (1)
     return q
 
 

@@ -141,11 +141,11 @@ class LoRA:
 
     def delta(self) -> Float[np.ndarray, "d_out d_in"]:
         """ΔW = s B A."""
-        return self.scaling * (self.B @ self.A)
+        return self.scaling * (self.B @ self.A)  # the second term of (1)
 
     def dense(self, dtype=None) -> np.ndarray:
         """W' = W + s B A. A quantized W is the dequantized one: what the adapter was trained on."""
-        merged = self.base.dense() + self.delta()
+        merged = self.base.dense() + self.delta()  # W' of (1)
         return merged if dtype is None else merged.astype(dtype)
 
     def __repr__(self) -> str:

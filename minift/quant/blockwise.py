@@ -100,7 +100,7 @@ def _encode(codes: np.ndarray, thresholds: np.ndarray, elements: slice, scaled: 
 def _decode(q: BlockwiseTensor, x: np.ndarray, elements: slice, blocks: slice, width: int) -> None:
     q.code.take(q.codes[elements], out=x[elements], mode="clip")
     rows = x[elements].reshape(-1, width)  # (blocks, width), a view
-    rows *= q.absmax[blocks, None]
+    rows *= q.absmax[blocks, None]  # (3)
 
 
 def round_trip_error(x: Float[np.ndarray, "*shape"], code: Float32[np.ndarray, " entries"], block_size: int) -> float:
@@ -204,10 +204,10 @@ def _scale(
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused as such
         rows = flat[elements].astype(np.float32, copy=False).reshape(-1, width)  # (blocks, width)
     magnitude = np.abs(rows)
-    scale = np.max(magnitude, axis=1, out=absmax[blocks])
+    scale = np.max(magnitude, axis=1, out=absmax[blocks])  # a of (1)
     if not np.isfinite(scale).all():
         refuse_non_finite(x)
-    inverse = 1 / np.maximum(scale, TINY)
+    inverse = 1 / np.maximum(scale, TINY)  # 1/a of (2)
     encode(elements, np.multiply(rows, inverse[:, None], out=magnitude).reshape(-1))
 
 

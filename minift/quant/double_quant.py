@@ -59,7 +59,7 @@ class DoubleQuantizedScales:
 
     def decode(self) -> Float32[np.ndarray, " n_scales"]:
         """The float32 scales: equation (3). Never clamped: a file may hold negative ones."""
-        return blockwise.dequantize(self._centered()) + self.offset
+        return blockwise.dequantize(self._centered()) + self.offset  # (3)
 
     @property
     def size(self) -> int:
@@ -97,8 +97,8 @@ def compress_scales(scales: Float32[np.ndarray, " n_scales"], block_size: int = 
     bad = ~(np.isfinite(scales) & (scales >= 0))
     if bad.any():
         raise ValueError(f"scales: {scales[bad][0]} at index {int(np.argmax(bad))}, an absmax is finite and >= 0")
-    offset = np.float32(scales.mean(dtype=np.float64)) if scales.size else np.float32(0)
-    nearest = blockwise.quantize(scales - offset, DYNAMIC, block_size)
+    offset = np.float32(scales.mean(dtype=np.float64)) if scales.size else np.float32(0)  # (1)
+    nearest = blockwise.quantize(scales - offset, DYNAMIC, block_size)  # (2)
     with np.errstate(over="ignore"):  # entries far above any scale
         decoded = DYNAMIC * nearest.absmax[:, None] + offset  # (nested blocks, 256): every entry's scale, as in (3)
     lowest = np.count_nonzero(decoded < 0, axis=1).astype(np.uint8)

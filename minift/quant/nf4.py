@@ -43,10 +43,10 @@ OFFSET = 0.9677083  # δ of (4), with the seven digits that bitsandbytes gives i
 def normal_quantiles(offset: float = OFFSET) -> Float32[np.ndarray, " 16"]:
     """The sixteen NF4 values, ascending from −1 to 1: equations (1)–(3), rounded where bitsandbytes rounds."""
     quantile = np.vectorize(NormalDist().inv_cdf)
-    positive = quantile(torch_linspace(offset, 0.5, 9)[:-1].astype(np.float64))
-    negative = -quantile(torch_linspace(offset, 0.5, 8)[:-1].astype(np.float64))
+    positive = quantile(torch_linspace(offset, 0.5, 9)[:-1].astype(np.float64))  # (1)
+    negative = -quantile(torch_linspace(offset, 0.5, 8)[:-1].astype(np.float64))  # (2)
     values = np.sort(np.concatenate([negative, [0.0], positive]).astype(np.float32))
-    return read_only(values / values[-1])
+    return read_only(values / values[-1])  # (3)
 
 
 CODE = normal_quantiles()
@@ -156,7 +156,7 @@ def quantize(w: Float[np.ndarray, "*shape"], block_size: int = 64) -> NF4Tensor:
 
 
 def _encode(codes: np.ndarray, elements: slice, scaled: np.ndarray) -> None:
-    pairs = pack(blockwise.count_below(scaled, MIDPOINTS))
+    pairs = pack(blockwise.count_below(scaled, MIDPOINTS))  # q of (5)
     codes[elements.start // 2 : elements.start // 2 + pairs.size] = pairs  # a chunk starts at an even element
 
 

@@ -72,10 +72,10 @@ def token_rewards(
         raise ValueError(f"row {int(np.argmin(mask.any(axis=1)))} has no token that counts, so its score has no place")
     if missing_eos_penalty and ended is None:
         raise ValueError("missing_eos_penalty needs `ended`: which of the answers have their end-of-text token")
-    rewards = np.where(mask, -kl_coef * kl, 0)
+    rewards = np.where(mask, -kl_coef * kl, 0)  # the leash of (2)
     if ended is not None:
         scores = np.where(ended, scores, scores - missing_eos_penalty)
-    rewards[np.arange(len(mask)), last(mask)] += scores
+    rewards[np.arange(len(mask)), last(mask)] += scores  # the score of (2)
     return rewards
 
 
@@ -98,7 +98,7 @@ def gae_1(
     delta = _residuals(rewards, values, mask, gamma, bootstrap)
     advantages, carried = np.zeros_like(delta), np.zeros_like(delta, shape=len(delta))
     for t in reversed(range(delta.shape[1])):
-        carried = np.where(mask[:, t], delta[:, t] + gamma * lam * carried, 0)
+        carried = np.where(mask[:, t], delta[:, t] + gamma * lam * carried, 0)  # Â of (3)
         advantages[:, t] = carried
     return advantages
 
@@ -130,7 +130,7 @@ def _residuals(rewards, values, mask, gamma, bootstrap):
     following[:, :-1] = values[:, 1:]
     if bootstrap is not None:
         following[np.arange(len(mask)), last(mask)] = bootstrap
-    return np.where(mask, rewards + gamma * following - values, 0)
+    return np.where(mask, rewards + gamma * following - values, 0)  # δ of (3)
 
 
 def returns(

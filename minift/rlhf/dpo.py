@@ -63,10 +63,10 @@ def preference_loss(
     n = float(max(len(h), 1)) if normalizer is None else normalizer
     if loss_type == "sigmoid":
         z, kept = beta * h, 1 - label_smoothing
-        each = kept * np.logaddexp(0, -z) + label_smoothing * np.logaddexp(0, z)
+        each = kept * np.logaddexp(0, -z) + label_smoothing * np.logaddexp(0, z)  # (3)
         slope = beta * (label_smoothing * preferred(z) - kept * preferred(-z))
     elif loss_type == "ipo":
-        each, slope = (h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta))
+        each, slope = (h - 1 / (2 * beta)) ** 2, 2 * (h - 1 / (2 * beta))  # (4)
     else:
         raise ValueError(f"loss_type is {loss_type!r}, needed one of {get_args(LossType)}")
 

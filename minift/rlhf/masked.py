@@ -19,7 +19,7 @@ def masked_mean(
     N is the number of entries that count, or `normalizer`: to add micro-batches up to one large batch, pass the number
     in the *whole* batch to each. With nothing to count the mean is 0."""
     n = count(mask) if normalizer is None else normalizer
-    mean = np.where(mask, x, 0).sum() / n
+    mean = np.where(mask, x, 0).sum() / n  # (1)
 
     def vjp(dmean):
         return np.where(mask, x.dtype.type(dmean) / n, x.dtype.type(0))

@@ -82,7 +82,7 @@ def policy_loss(
 
     Where both terms of the minimum are equal the gradient is that of the first one."""
     each, slope = clipped_objective(logp, old_logp, advantages, mask, cliprange)
-    loss, mean_vjp = masked_mean(each, mask, normalizer)
+    loss, mean_vjp = masked_mean(each, mask, normalizer)  # (2)
 
     def vjp(dloss):
         return mean_vjp(dloss) * slope
@@ -95,7 +95,7 @@ def clipped_objective(logp, old_logp, advantages, mask, cliprange):
     rho = ratio(logp, old_logp, mask)
     advantages = np.where(mask, advantages, 0)
     free, clipped = -rho * advantages, -np.clip(rho, 1 - cliprange, 1 + cliprange) * advantages
-    return np.maximum(free, clipped), np.where(free >= clipped, free, 0)  # ∂ρ/∂log π = ρ
+    return np.maximum(free, clipped), np.where(free >= clipped, free, 0)  # (2), and (5) as ∂ρ/∂log π = ρ
 
 
 def ratio(
@@ -104,7 +104,7 @@ def ratio(
     mask: Bool[np.ndarray, "batch width"],
 ) -> Float[np.ndarray, "batch width"]:
     """ρ of (1), and 1 where nothing counts; equal bits give exactly 1."""
-    return np.exp(np.where(mask, logp, 0) - np.where(mask, old_logp, 0))
+    return np.exp(np.where(mask, logp, 0) - np.where(mask, old_logp, 0))  # ρ of (1)
 
 
 def value_loss(
@@ -126,10 +126,10 @@ def value_loss(
         near = np.clip(np.where(mask, values, 0), old - cliprange_value, old + cliprange_value)
         clipped = near - np.where(mask, returns, 0)
         worst = np.where(np.abs(clipped) > np.abs(error), clipped, error)
-    loss, mean_vjp = masked_mean(worst * worst / 2, mask, normalizer)
+    loss, mean_vjp = masked_mean(worst * worst / 2, mask, normalizer)  # (3)
 
     def vjp(dloss):
-        return mean_vjp(dloss) * np.where(worst == error, error, 0)
+        return mean_vjp(dloss) * np.where(worst == error, error, 0)  # (6)
 
     return loss, vjp
 
@@ -152,7 +152,7 @@ def minibatch_loss(
     of_policy, policy_vjp = policy_loss(logp, old_logp, advantages, mask, settings.cliprange, normalizer)
     of_values, values_vjp = value_loss(values, old_values, returns, mask, settings.cliprange_value, normalizer)
     bonus, bonus_vjp = masked_mean(entropy, mask, normalizer)
-    loss = of_policy + settings.vf_coef * of_values - settings.entropy_coef * bonus
+    loss = of_policy + settings.vf_coef * of_values - settings.entropy_coef * bonus  # (4)
 
     def vjp(dloss):
         return policy_vjp(dloss), bonus_vjp(-settings.entropy_coef * dloss), values_vjp(settings.vf_coef * dloss)

@@ -76,7 +76,7 @@ def score(
 
 def preferred(d: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """σ(d), equation (2): P(the first is preferred) where its reward is higher by d. 0 only where e^d is."""
-    return np.exp(-np.logaddexp(0, -d))
+    return np.exp(-np.logaddexp(0, -d))  # (2)
 
 
 def pairwise_loss(
