@@ -45,6 +45,7 @@ WITHOUT_TWIN = {
     "quant.nf4.normal_quantiles": "derives the table, once, in NumPy; the twin imports the table",
     "quant.nf4.check_block_size": NUMBERS,
     "quant.double_quant.overhead_bits": NUMBERS,
+    "quant.sixteen": "torch has both types: params.from_numpy makes a Frozen tensor of what is stored so",
     "peft.targets": NAMES,
     "peft.adapter": NAMES,
     "peft.batched.forward_1": STUDY,
