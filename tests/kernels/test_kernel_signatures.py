@@ -43,7 +43,7 @@ WITHOUT_TWIN = {
     "quant.blockwise.check_codebook": "codebooks are NumPy's tables, and are checked there",
     "quant.blockwise.numbers_per_scale": NUMBERS,
     "quant.affine": "a data type of the studies, which has no kernel: in 4 bits NF4 is what is trained over",
-    "quant.int8_vectorwise": "not written yet: wants a kernel, as torch's own product of 8-bit matrices takes few shapes",
+    "quant.int8_vectorwise": "not written yet: torch's own product of 8-bit matrices takes few shapes",
     "quant.codebooks": "tables, made once in NumPy; a twin takes them to its device",
     "quant.nf4.normal_quantiles": "derives the table, once, in NumPy; the twin imports the table",
     "quant.nf4.check_block_size": NUMBERS,
