@@ -19,10 +19,10 @@ What is measured then is a file's grid, not a data type, and the study says so.
     fp4              0.122          0.195           0.127
     nf4              0.092          0.150           0.094
 
-For the same bits NF4 loses least on normal and on real weights; affine int4 of 4.5 bits loses 0.100 and 0.106 there.
-Double quantization adds a thousandth to the error and saves 0.37 bits. One scale for the whole tensor multiplies
-MiniLM's error in NF4 by 4.3, one a row by 1.2. With outliers a tensor-wide affine int4 is worse than zeros (1.5): it has
-no code for zero, and rounds all ordinary numbers to the nearest step beside it.
+For the same bits NF4 loses least on normal and on real weights: affine int4 of 4.5 bits loses 0.100 and 0.106. Double
+quantization adds a thousandth to the error and saves 0.37 bits. One scale for the whole tensor multiplies MiniLM's error
+in NF4 by 4.3, one a row by 1.2. With outliers a tensor-wide affine int4 is worse than zeros (1.5): it has no code for
+zero, and rounds all ordinary numbers to the nearest step beside it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ FORMATS = [
 ]
 COLORS = {"int4": "C0", "affine int4": "C2", "fp4": "C1", "nf4": "C3"}
 MOST = 4_000_000  # numbers of one kind: enough for four digits
+SIZE = 1024  # of the normal matrices
 EVERY, TIMES = 200, 20  # outliers: one column in so many, so many times as large
 
 
 def run(model: str, seed: int, say: Callable[[str], None]) -> list[Record]:
     """Every data type and scale on every kind of weights; MiniLM is fetched, and left out where that fails."""
     rng = np.random.default_rng(seed)
-    normal = rng.standard_normal((1024, 1024)).astype(np.float32)
+    normal = rng.standard_normal((SIZE, SIZE)).astype(np.float32)
     kinds: dict[str, Matrices] = {"normal": {"W": normal}, "normal, outliers": {"W": with_outliers(normal, rng)}}
     try:
         kinds["MiniLM"] = some(encoder_layers(minilm_folder()), rng)
