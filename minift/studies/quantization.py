@@ -20,9 +20,9 @@ What is measured then is a file's grid, not a data type, and the study says so.
     nf4              0.092          0.150           0.094
 
 For the same bits NF4 loses least on normal and on real weights: affine int4 of 4.5 bits loses 0.100 and 0.106. Double
-quantization adds a thousandth to the error and saves 0.37 bits. One scale for the whole tensor multiplies MiniLM's error
-in NF4 by 4.3, one a row by 1.2. With outliers a tensor-wide affine int4 is worse than zeros (1.5): it has no code for
-zero, and rounds all ordinary numbers to the nearest step beside it.
+quantization adds a thousandth to the error and saves 0.37 bits. One scale for the whole tensor multiplies MiniLM's
+error in NF4 by 4.3, one a row by 1.2. With outliers a tensor-wide affine int4 is worse than zeros (1.5): it has no
+code for zero, and rounds all ordinary numbers to the nearest step beside it.
 """
 
 from __future__ import annotations
