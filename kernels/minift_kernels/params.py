@@ -21,6 +21,7 @@ from minift.peft import lora as reference_lora
 from minift.peft import tuned as reference_tuned
 from minift.quant import double_quant as reference_double_quant
 from minift.quant import nf4 as reference_nf4
+from minift.quant.sixteen import SixteenBitTensor
 from minift_kernels.nn.weight import Frozen, Params
 from minift_kernels.peft.lora import LoRA
 from minift_kernels.peft.tuned import Tuned
@@ -58,6 +59,8 @@ def _tensors(w: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any
             return learning(w)
         case reference.Frozen():
             return Frozen(copy(w.array).to(dtype))
+        case SixteenBitTensor():
+            return Frozen(copy(w.dense()).to(dtype))
         case reference_nf4.NF4Tensor():
             return NF4Tensor(copy(w.codes), scales(w.absmax), w.shape, w.block_size)
         case reference_lora.LoRA():
@@ -65,7 +68,9 @@ def _tensors(w: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any
             return LoRA(kept(w.base), A, B, w.lora_alpha, w.use_rslora, w.lora_dropout)
         case reference_tuned.Tuned():
             return Tuned(kept(w.base), learning(w.array))
-    raise TypeError(f"{name}: {type(w).__name__}, needed an ndarray, Frozen, NF4Tensor, LoRA or Tuned")
+    raise TypeError(
+        f"{name}: {type(w).__name__}, needed an ndarray, Frozen, SixteenBitTensor, NF4Tensor, LoRA or Tuned"
+    )
 
 
 def to_numpy(params: Params) -> dict[str, Any]:

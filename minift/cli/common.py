@@ -25,6 +25,7 @@ from minift.io import Tokenizer, atomic_write, load_adapter, load_model, load_pr
 from minift.models import llama
 from minift.nn.weight import Params
 from minift.peft import lora, qlora, soft_prompt
+from minift.quant.sixteen import Dtype
 from minift.train.engine import NUMPY, Engine
 
 
@@ -160,9 +161,9 @@ PROMPT_AND_ANSWER = "prompt and answer together"
 Base = Literal["auto", "nf4", "original"]
 
 
-def load_with_adapter(model: str, folder: Path | None) -> tuple[llama.Config, dict[str, Any]]:
+def load_with_adapter(model: str, folder: Path | None, dtype: Dtype = "float32") -> tuple[llama.Config, dict[str, Any]]:
     """A model, with an adapter on it if one is named, over the weights that the adapter was trained on."""
-    config, params = load_model(model)
+    config, params = load_model(model, dtype=dtype)
     if folder is None:
         return config, params
     if prompt_kind(folder) is not None:

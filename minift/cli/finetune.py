@@ -36,6 +36,7 @@ from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora, soft_prompt
 from minift.peft.p_tuning import Encoder
+from minift.quant.sixteen import Dtype
 from minift.train.engine import Optimizer
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Result, Settings, at_least, fit
@@ -118,6 +119,8 @@ class Finetune:
     """Its width, by default the model's. With a number, prefix too learns through a network of this width."""
     recompute: bool = False
     """Run each block again in the backward pass instead of keeping its activations: a third slower, far less memory."""
+    dtype: Dtype = "float32"
+    """How frozen weights are kept: 16 bits take half the memory. What learns, and all arithmetic, is float32."""
     device: Device = "cpu"
     """cpu: NumPy. cpu-torch: the same in PyTorch. cuda: the kernels of minift_kernels, frozen weights in bfloat16."""
     eval_examples: int = 400
@@ -143,8 +146,15 @@ class Finetune:
             at_least(1, num_virtual_tokens=self.num_virtual_tokens)
             if self.device != "cpu":
                 raise ValueError(f"--method {self.method} --device {self.device}: soft prompts train with --device cpu")
+        if self.dtype != "float32" and self.method == "full":
+            raise ValueError(f"--method full --dtype {self.dtype}: all weights learn, which takes 32 bits; use float32")
+        if self.dtype != "float32" and self.device != "cpu":
+            raise ValueError(
+                f"--device {self.device} --dtype {self.dtype}: torch keeps frozen weights in the device's own type "
+                "(bfloat16 on cuda); use --dtype float32, or --device cpu"
+            )
         engine = engine_on(self.device)
-        config, params = load_model(self.model)
+        config, params = load_model(self.model, dtype=self.dtype)
         settings = self._settings(config)
         warn_beyond(config, self.seq_len, "examples of --seq-len")
         tokenizer = load_tokenizer(self.model)

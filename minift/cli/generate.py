@@ -15,6 +15,7 @@ from minift.data.example import Message
 from minift.io import load_tokenizer
 from minift.models import llama
 from minift.models.generation import check_settings
+from minift.quant.sixteen import Dtype
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Generate:
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None
     """An adapter folder, such as runs/finetune/adapter."""
+    dtype: Dtype = "float32"
+    """Round the model's weights to bfloat16 or float16 first; the products are float32's, and as fast."""
     raw: bool = False
     """Continue the text as it is instead of putting it into the model's chat template."""
     max_new_tokens: int = 128
@@ -49,7 +52,7 @@ class Generate:
 
     def run(self) -> int:
         check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
-        config, params = load_with_adapter(self.model, self.adapter)
+        config, params = load_with_adapter(self.model, self.adapter, self.dtype)
         tokenizer = load_tokenizer(self.model)
         ready, rng = llama.fuse(params), np.random.default_rng(self.seed)
         options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}

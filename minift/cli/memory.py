@@ -39,6 +39,9 @@ class Memory:
     """Tokens in each."""
     weight_bits: Literal[16, 32] = 16
     """Precision of what is not quantized; minift itself computes in 32."""
+    compute_bits: Literal[16, 32] | None = None
+    """Precision of activations, and of weights that learn, where it is another: --weight-bits 16 --compute-bits 32 is
+    the bill of finetune --dtype bfloat16."""
     recompute: bool = False
     """Keep one block's activations at a time."""
     out: Path | None = None
@@ -59,6 +62,7 @@ class Memory:
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             weight_bits=self.weight_bits,
+            compute_bits=self.compute_bits,
             recompute=self.recompute,
         )
         total, without = sum(i.nbytes for i in items), sum(i.nbytes for i in items if i.name != "activations")

@@ -11,17 +11,25 @@ import tyro
 from rich.table import Table
 
 from minift.cli.common import console, emit
-from minift.studies import spikes
+from minift.studies import data_types, outliers, quantization, spikes
 
-Name = Literal["spikes"]
-STUDIES: dict[str, Any] = {"spikes": spikes}
+Name = Literal["spikes", "quantization", "outliers", "data-types"]
+STUDIES: dict[str, Any] = {
+    "spikes": spikes,
+    "quantization": quantization,
+    "outliers": outliers,
+    "data-types": data_types,
+}
 
 
 @dataclass
 class Study:
     """Answer one question about fine-tuning by an experiment.
 
-    spikes      What do paged optimizers save when a long sequence comes among short ones?
+    spikes        What do paged optimizers save when a long sequence comes among short ones?
+    quantization  How much of a weight is lost in 8 and 4 bits, and what does it matter who shares a scale?
+    outliers      What do a few large columns do to products in 8 bits, and where are they?
+    data-types    What does a language model lose when its layers are stored in fewer bits?
     """
 
     name: Annotated[Name, tyro.conf.Positional]

@@ -16,6 +16,7 @@ from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, lo
 from minift.io.peft_prompt import load_prompt, prompt_kind, save_prompt
 from minift.io.tokenizer import Tokenizer
 from minift.models.llama import Config
+from minift.quant.sixteen import Dtype
 
 __all__ = [
     "FormatError",
@@ -42,13 +43,17 @@ __all__ = [
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
-def load_model(source: Path | str, keep_quantized: bool = False) -> tuple[Config, dict[str, Any]]:
+def load_model(
+    source: Path | str, keep_quantized: bool = False, dtype: Dtype = "float32"
+) -> tuple[Config, dict[str, Any]]:
     """(config, params) of a Llama model: a Hugging Face folder, a .gguf file, or "tiny", the built-in model.
 
-    Parameters are float32 arrays; with `keep_quantized`, a folder's 4-bit weights stay NF4Tensors, which do not learn.
-    Raises FormatError."""
+    Parameters are float32 arrays; with `keep_quantized`, a folder's 4-bit weights stay NF4Tensors, and with `dtype`
+    "bfloat16" or "float16" arrays become SixteenBitTensors. Neither learns. Raises FormatError."""
     path = _find(source)
-    return _gguf.load_model(path) if path.is_file() else _huggingface.load_model(path, keep_quantized)
+    if path.is_file():
+        return _gguf.load_model(path, dtype)
+    return _huggingface.load_model(path, keep_quantized, dtype)
 
 
 def load_tokenizer(source: Path | str) -> Tokenizer:

@@ -25,12 +25,13 @@ import numpy as np
 
 from minift.io.errors import FormatError
 from minift.io.json_file import Fields, parse_json
-from minift.io.safetensors_file import from_bfloat16, require_finite, to_bfloat16
+from minift.io.safetensors_file import require_finite
 from minift.quant import blockwise, nf4
 from minift.quant.blockwise import BlockwiseTensor
 from minift.quant.codebooks import FP4, FP4_BY_CODE
 from minift.quant.double_quant import DoubleQuantizedScales
 from minift.quant.nf4 import CODE, NF4Tensor
+from minift.quant.sixteen import from_bfloat16, to_bfloat16
 
 STATE = "quant_state.bitsandbytes__nf4"
 FP4_STATE = "quant_state.bitsandbytes__fp4"

@@ -27,6 +27,7 @@ from minift.io.tokenizer import Tokenizer
 from minift.models import llama
 from minift.models.llama import Config
 from minift.nn.rope import RopeScaling, frequencies
+from minift.quant.sixteen import Dtype, stored
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -48,18 +49,18 @@ ROPE_FREQS = "rope_freqs.weight"  # how much each frequency was divided by: Llam
 MODEL_CLASS_LIMITS = ("expert_count", "attention.sliding_window")
 
 
-def load_model(path: Path | str) -> tuple[Config, dict[str, np.ndarray]]:
+def load_model(path: Path | str, dtype: Dtype = "float32") -> tuple[Config, dict[str, Any]]:
     """The configuration and float32 parameters of a Llama model in a GGUF file, under Hugging Face's names.
 
-    Quantized tensors are decoded, one at a time. Raises FormatError for another architecture, a truncated file, a
-    missing, surplus or misshapen tensor.
+    Quantized tensors are decoded, one at a time, and kept in `dtype` (`minift.quant.sixteen`). Raises FormatError for
+    another architecture, a truncated file, a missing, surplus or misshapen tensor.
     """
     path = Path(path)
     reader = _open(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(path, reader, tensors)
     expected = llama.shapes(config)
-    params: dict[str, np.ndarray] = {}
+    params: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name == ROPE_FREQS:
             continue  # read by _config
@@ -68,7 +69,7 @@ def load_model(path: Path | str) -> tuple[Config, dict[str, np.ndarray]]:
             raise FormatError(path, name, "a tensor that a Llama model does not have", "only its own tensors")
         if (shape := _shape(tensor)) != expected[key]:
             raise FormatError(path, key, f"shape {shown(shape)}", f"shape {expected[key]}")
-        params[key] = _undo_interleaving(key, _dequantize(path, tensor), config)
+        params[key] = stored(key, _undo_interleaving(key, _dequantize(path, tensor), config), dtype)
     if missing := [key for key in expected if key not in params]:
         raise FormatError(path, missing[0], f"nothing ({len(missing)} tensors are missing)", "every parameter")
     return config, {key: params[key] for key in expected}

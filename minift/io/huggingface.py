@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,28 @@ from minift.io.atomic import atomic_folder, atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import Fields, json_bytes, read_json
 from minift.io.llama_config import format_config, parse_config
-from minift.io.safetensors_file import SafetensorsFile, require_finite, to_bfloat16, write_safetensors
+from minift.io.safetensors_file import SafetensorsFile, require_finite, write_safetensors
 from minift.io.tokenizer import Tokenizer
 from minift.models import llama
 from minift.models.llama import Config
 from minift.nn.weight import Frozen, Params, dense
 from minift.quant.nf4 import NF4Tensor
+from minift.quant.sixteen import Dtype, SixteenBitTensor, stored, to_bfloat16
 
 FLOATS = ("F32", "F16", "BF16")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Places = dict[str, tuple[SafetensorsFile, str]]  # our name → the file, and the name in it
 
 
-def load_model(folder: Path | str, keep_quantized: bool = False) -> tuple[Config, dict[str, Any]]:
+def load_model(
+    folder: Path | str, keep_quantized: bool = False, dtype: Dtype = "float32"
+) -> tuple[Config, dict[str, Any]]:
     """The configuration and the parameters, float32 arrays under Hugging Face's names, of a Llama checkpoint.
 
     bfloat16, float16 and bitsandbytes' NF4 and FP4 are decoded, one tensor at a time; with `keep_quantized` an NF4
-    weight stays an NF4Tensor, which does not learn, and an FP4 weight is refused. Raises FormatError for whatever is
-    missing, surplus, misshapen or NaN.
+    weight stays an NF4Tensor, which does not learn, and an FP4 weight is refused. With `dtype` "bfloat16" or "float16"
+    the others become SixteenBitTensors, which do not learn either, and no more than one of them is ever float32. Raises
+    FormatError for whatever is missing, surplus, misshapen or NaN.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -56,10 +61,11 @@ def load_model(folder: Path | str, keep_quantized: bool = False) -> tuple[Config
             raise FormatError(file.path, name, "a tensor that this model does not have", "only its own parameters")
     if missing := [name for name in expected if name not in places]:
         raise FormatError(folder, missing[0], f"nothing ({len(missing)} parameters are missing)", "every parameter")
-    return config, {
-        name: _read_quantized(places, name, shape, keep_quantized) if name in quantized else _read(places, name, shape)
-        for name, shape in expected.items()
-    }
+    params = {}
+    for name, shape in expected.items():
+        read = partial(_read_quantized, keep=keep_quantized) if name in quantized else _read
+        params[name] = stored(name, read(places, name, shape), dtype)
+    return config, params
 
 
 def save_model(
@@ -225,7 +231,7 @@ def _refuse_other_quantization(path: Path, values: dict[str, Any]) -> None:
 
 
 def _thawed(weight: Any) -> Any:
-    return weight.array if isinstance(weight, Frozen) else weight
+    return dense(weight) if isinstance(weight, Frozen | SixteenBitTensor) else weight
 
 
 def _check(folder: Path, config: Config, params: Params) -> None:

@@ -4,8 +4,7 @@ A file is the length of its header in eight bytes, the header in JSON, and the n
 holes, no overlap, nothing past the end), but its NumPy side does not know bfloat16, and it writes metadata in another
 order each time; written here, equal content makes equal files.
 
-A bfloat16 number is the upper half of a float32: sign, the same 8 exponent bits, 7 of the 23 mantissa bits. So reading
-appends sixteen zero bits, and writing rounds to nearest, ties to even, and drops them.
+bfloat16 tensors are rounded and decoded by `minift.quant.sixteen`.
 
 Tensors are read one at a time, so that a file may be larger than memory, and checked against the digest that
 `checksum` explains, if the file has them.
@@ -26,6 +25,7 @@ from minift.io import checksum
 from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import parse_json
+from minift.quant.sixteen import from_bfloat16
 
 DTYPES: dict[str, type] = {
     "F64": np.float64,
@@ -164,19 +164,6 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
     """Flat uint8, little-endian, in C order: a view wherever the array lies so already."""
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return little.reshape(-1).view(np.uint8)
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 → bfloat16, as uint16: round to nearest, ties to even; a NaN stays a NaN."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # half an ulp, less one bit where the kept part is even
-    quiet_nan = (bits >> 16) | 0x40
-    return np.where(np.isnan(x), quiet_nan, rounded).astype(np.uint16).reshape(x.shape)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, as uint16 → float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def require_finite(path: Path | str, name: str, array: np.ndarray) -> None:

@@ -23,10 +23,10 @@ def embedding(
     table, table_learns = unwrap(weight)
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < len(table)):
         raise IndexError(f"token ids span {tokens.min()}..{tokens.max()}, the vocabulary is 0..{len(table) - 1}")
-    y = table[tokens]
+    y, shape = table[tokens], table.shape  # the pullback keeps no table that was decoded for this
 
     def vjp(dy):
-        return scatter_add_2(tokens.reshape(-1), rows(dy), table.shape) if table_learns else None
+        return scatter_add_2(tokens.reshape(-1), rows(dy), shape) if table_learns else None
 
     return y, vjp
 

@@ -4,6 +4,7 @@ Parameters are a flat `dict[str, Weight]` under Hugging Face's state-dict names.
 
     ndarray                 it learns
     Frozen(array)           it does not
+    SixteenBitTensor        16 bits a number, does not learn                           (minift.quant.sixteen)
     NF4Tensor               4 bits a number, does not learn                            (minift.quant.nf4)
     LoRA(base, A, B, ...)   the base does not learn, A and B do                        (minift.peft.lora)
     Tuned(base, array)      the array learns, the base is kept to come back to         (minift.peft.tuned)

@@ -17,6 +17,7 @@ import numpy as np
 from minift.nn.weight import Frozen, Params, dense
 from minift.peft import lora
 from minift.quant import double_quant, nf4
+from minift.quant.sixteen import SixteenBitTensor
 
 
 def quantize(
@@ -34,7 +35,7 @@ def quantize(
         weight = params[name]
         if isinstance(weight, nf4.NF4Tensor):
             continue
-        if not isinstance(weight, np.ndarray | Frozen):
+        if not isinstance(weight, np.ndarray | Frozen | SixteenBitTensor):
             raise ValueError(f"{name} is {weight!r}: merge or detach the adapter before quantizing")
         try:
             q = nf4.quantize(dense(weight), block_size)

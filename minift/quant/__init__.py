@@ -1,5 +1,5 @@
-"""k-bit block-wise quantization: any codebook (`blockwise`, `codebooks`), NF4, scales in 8 bits (`double_quant`)."""
+"""k-bit quantization: block-wise with any codebook, NF4, scales in 8 bits, affine, 8-bit products, 16 bits."""
 
-from minift.quant import blockwise, codebooks, double_quant, nf4
+from minift.quant import affine, blockwise, codebooks, double_quant, int8_vectorwise, nf4, sixteen
 
-__all__ = ["blockwise", "codebooks", "double_quant", "nf4"]
+__all__ = ["affine", "blockwise", "codebooks", "double_quant", "int8_vectorwise", "nf4", "sixteen"]

@@ -248,3 +248,11 @@ def check_vector(name: str, array: np.ndarray, dtype: Any, size: int, what: str)
     """ValueError unless `array` is a vector of this type and size."""
     if array.dtype != dtype or array.shape != (size,):
         raise ValueError(f"{name}: {array.dtype} {array.shape}, needed {np.dtype(dtype)} ({size},), {what}")
+
+
+def numbers_per_scale(shape: tuple[int, ...], per: str | int) -> int:
+    """The block size that makes a scale for "tensor", all numbers; for "row", those of the last axis; or as it is."""
+    whole = {"tensor": element_count(shape), "row": shape[-1] if shape else 1}
+    if isinstance(per, str) and per not in whole:
+        raise ValueError(f"per: {per!r}, needed 'tensor', 'row' or a block size")
+    return max(whole[per], 1) if isinstance(per, str) else per

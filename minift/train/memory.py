@@ -78,17 +78,19 @@ def bill(
     batch_size: int = 1,
     seq_len: int = 512,
     weight_bits: int = 32,
+    compute_bits: int | None = None,
     recompute: bool = False,
 ) -> list[Item]:
     """What training a model of these sizes needs, item by item.
 
-    `weight_bits` is the precision of weights, gradients and activations that are not quantized: 32, as minift computes,
-    or 16. The optimizer's two moments are 32-bit. ValueError for a target that is no linear layer of the model."""
+    `weight_bits` is the precision of frozen weights that are not quantized, `compute_bits` (the same unless given) that
+    of activations, of weights that learn and of their gradients: 16 and 32 is `minift finetune --dtype bfloat16`. The
+    optimizer's two moments are 32-bit, and so are adapters. ValueError for a target that is no linear layer."""
     shapes = llama.shapes(config)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and _module(n) not in NOT_LINEAR}
     total, in_linear = _count(shapes), _count(linear)
     learned = _learned(method, config, shapes, r, target_modules)
-    width = weight_bits / 8
+    width, computed = weight_bits / 8, (weight_bits if compute_bits is None else compute_bits) / 8
 
     items = []
     if method == "qlora":
@@ -99,14 +101,19 @@ def bill(
         items.append(_item("other weights", total - in_linear, width, "embeddings, norms, head"))
     else:
         untied = learned if method == "head" and config.tie_word_embeddings else 0  # the head leaves the input table
-        items.append(_item("weights", total + untied, width))
+        learning = learned if method in ("full", "head") else 0
+        if width == computed:
+            items.append(_item("weights", total + untied, width))
+        else:
+            items.append(_item("frozen weights", total + untied - learning, width))
+            items.append(_item("weights that learn", learning, computed))
     if method in ("lora", "qlora"):
         items.append(_item("adapters", learned, 4, f"r = {r}: r (in + out) each"))
-    items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else width))
+    items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else computed))
     items.append(_item("optimizer state", learned, 8, "two moments of 32 bits"))
     kept = activations(config, batch_size, seq_len, recompute)
     how = ", recomputed" if recompute else ""
-    items.append(_item("activations", kept, width, f"{batch_size} × {seq_len} tokens{how}"))
+    items.append(_item("activations", kept, computed, f"{batch_size} × {seq_len} tokens{how}"))
     return items
 
 

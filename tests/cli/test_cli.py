@@ -50,6 +50,33 @@ def finetuned(call, tmp_path):
     return tmp_path / "run" / "adapter"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_finetune_over_sixteen_bits(call, few, tmp_path, method, dtype):
+    """Two bytes for each number that does not learn; generation runs on the same rounded weights."""
+    status, result, _ = call("finetune", *few, "--method", method, "--dtype", dtype, "--out", tmp_path / "run")
+    assert status == 0
+    learned = result["trainable_parameters"]
+    wide = 4 * learned if method == "head" else 0
+    assert result["weight_bytes"] == 2 * 1_000_576 + wide and result["trainable_bytes"] == 4 * learned
+    if method == "lora":
+        options = ["--max-new-tokens", 4, "--dtype", dtype, "--json"]
+        assert call("generate", "Hi", "--adapter", tmp_path / "run" / "adapter", *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "full"], "--method full --dtype bfloat16: all weights learn"),
+        (["--device", "cpu-torch"], "--device cpu-torch --dtype bfloat16: torch keeps frozen weights"),
+    ],
+)
+def test_sixteen_bits_where_they_cannot_be(call, few, tmp_path, options, message):
+    status, _, captured = call("finetune", *few, "--dtype", "bfloat16", *options, "--out", tmp_path / "run")
+    assert status == 2 and message in captured.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
 def test_finetune(call, tmp_path, method):
     status, result, captured = call("finetune", "--method", method, *QUICK, "--out", tmp_path / "run")

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from test_fuzz import ADAPTER, MODEL, fill, join_safetensors, split_safetensors
 
 from minift.io import FormatError, atomic_folder, checksum, load_adapter, load_model
-from minift.io.safetensors_file import SafetensorsFile, to_bfloat16, write_safetensors
+from minift.io.safetensors_file import SafetensorsFile, write_safetensors
+from minift.quant.sixteen import to_bfloat16
 
 HALF = to_bfloat16(np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5)
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(3, 2), "b": HALF, "s": np.float64(7.5), "e": np.ones((2, 0))}

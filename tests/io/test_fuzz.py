@@ -36,12 +36,13 @@ from minift.io import (
 )
 from minift.io.bitsandbytes4 import FP4_STATE, STATE
 from minift.io.checksum import SUMS
-from minift.io.safetensors_file import SafetensorsFile, to_bfloat16, write_safetensors
+from minift.io.safetensors_file import SafetensorsFile, write_safetensors
 from minift.models import llama
 from minift.models.llama import Config
 from minift.peft import lora
 from minift.quant import double_quant, nf4
 from minift.quant.codebooks import FP4_BY_CODE
+from minift.quant.sixteen import to_bfloat16
 from minift.train import checkpoint
 from minift.train.checkpoint import Checkpoint
 

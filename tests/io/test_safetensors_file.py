@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from small_models import assert_same_bits
 
 from minift.io import FormatError
-from minift.io.safetensors_file import SafetensorsFile, from_bfloat16, to_bfloat16, write_safetensors
+from minift.io.safetensors_file import SafetensorsFile, write_safetensors
+from minift.quant.sixteen import from_bfloat16, to_bfloat16
 
 
 def torch_bfloat16(x):

@@ -7,6 +7,7 @@ import pytest
 
 from minift.data.batches import Batch
 from minift.models import llama
+from minift.quant.sixteen import store
 from minift.train import memory, sft
 from minift.train.methods import prepare
 
@@ -64,3 +65,20 @@ def test_sixteen_bits_halve_what_is_not_quantized():
     assert half["activations"] == full["activations"] / 2
     assert half["adapters"] == full["adapters"]
     assert half["optimizer state"] == full["optimizer state"]
+
+
+@pytest.mark.parametrize("config", [WIDE, TIED])
+@pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
+def test_mixed_precision(method, config):
+    """Frozen weights in 16 bits, the rest in 32: what `store` makes of the model weighs what the bill says."""
+    rng = np.random.default_rng(0)
+    params = llama.initialize(config, rng)
+    if method != "full":
+        params = store(params, "bfloat16")
+    params, _ = prepare(method, params, config, rng=rng, r=3)
+    mixed, full = (bytes_of(memory.bill(config, method, r=3, compute_bits=32, weight_bits=bits)) for bits in (16, 32))
+    kinds = ("frozen weights", "weights that learn", "adapters", "weights in 4 bits", "quantization constants")
+    held, billed = sum(w.nbytes for w in params.values()), sum(mixed.get(k, 0) for k in (*kinds, "other weights"))
+    assert 0 <= held - billed < (8 * 7 * config.num_hidden_layers if method == "qlora" else 1)
+    for name in ("activations", "gradients", "optimizer state"):
+        assert mixed[name] == full[name]
