@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from minift.cli.chat import Chat
+from minift.cli.classify import Classify
 from minift.cli.common import forget_the_reader
 from minift.cli.conformance import Conformance
 from minift.cli.convert import Convert
@@ -33,6 +34,7 @@ from minift.io import FormatError
 COMMANDS: dict[str, Callable[..., Any]] = {
     "finetune": Finetune,
     "pretrain": Pretrain,
+    "classify": Classify,
     "generate": Generate,
     "chat": Chat,
     "rate": Rate,

@@ -11,7 +11,7 @@ bias, and nothing is causal. Such a model predicts no next token; it makes vecto
     pooled = tanh(hidden of [CLS] W_pᵀ + b_p)                  for a classifier on top                  (4)
     embedding = y / |y|,  y = mean of hidden over the text     for a search by cosine                   (5)
 
-                                                                           (5: Reimers & Gurevych 2019, arXiv 1908.10084)
+                                                                        (Reimers & Gurevych 2019, arXiv 1908.10084)
 Every function here returns `y, vjp`; inside, a pullback gives (weight's name, cotangent) pairs, as in `llama`.
 """
 

@@ -198,7 +198,7 @@ def test_recomputing_changes_no_bit(kind, rng):
 
 
 def test_padding_is_looked_at_by_nobody():
-    """Other tokens there, and more of them, change no bit of what is real; a text alone gives what it gives in a batch."""
+    """Other tokens there, and more of them, change no bit of what is real; a text alone gives the same."""
     params = model(5)
     y, _ = embed(params)
     other = np.where(REAL, TOKENS, 30 - TOKENS)

@@ -38,7 +38,7 @@ SENTENCES = [
     "A man is playing the guitar, badly, in a café of Zürich.",
     "Interest rates rose again on Thursday, the third time this year, and economists expect (at least) one more step.",
     "naïve résumé: 東京 costs 1,234.56€ -- or does it?! It's unbelievably_long_identifier_with_underscores",
-    "The quick brown fox jumps over the lazy dog, while the bank of the river floods the meadow. " * 4,
+    "The quick brown fox jumps over the lazy dog, while the bank of the river floods the meadow. " * 2,
 ]
 
 
