@@ -45,6 +45,7 @@ from minift.train.parallel import side_by_side
 PER_WIDTH = {"head": 0.4, "lora": 0.4, "full": 0.04}  # peak learning rate in units of 1 / hidden_size
 FEATURE_RATE = 0.01  # of features of size 1
 STEPS = 150
+TOGETHER = 8  # texts of a step that go through the model at once: neighbors in length, so that little is padding
 BATCHES = {"features": 128, "head": 16, "lora": 16, "full": 16}
 
 
@@ -74,7 +75,7 @@ class Classify:
     """Optimizer steps; by default 150."""
     batch_size: int | None = None
     """Texts a step; by default 128 for features, else 16."""
-    seq_len: int = 64
+    seq_len: int = 48
     """Longer texts are cut to this many tokens."""
     learning_rate: float | None = None
     """At its peak; by default 0.01 for features, 0.4 / hidden_size for head and lora (1e-3 for MiniLM), a tenth of that
@@ -196,7 +197,9 @@ class Classify:
 
         def batches(step: int) -> list[Labeled]:
             chosen = batch_indices(len(train), batch_size, settings.seed, step - 1)
-            return [pad_labeled([train[i] for i in chosen], task.train_labels[chosen])]
+            by_length = sorted(chosen, key=lambda i: len(train[i]))
+            parts = (by_length[i : i + TOGETHER] for i in range(0, len(by_length), TOGETHER))
+            return [pad_labeled([train[i] for i in part], task.train_labels[part]) for part in parts]
 
         def logits(params: Params) -> np.ndarray:
             def of_part(part):
