@@ -44,7 +44,7 @@ from minift.train.parallel import side_by_side
 
 PER_WIDTH = {"head": 0.4, "lora": 0.4, "full": 0.04}  # peak learning rate in units of 1 / hidden_size
 FEATURE_RATE = 0.01  # of features of size 1
-STEPS = 150
+STEPS = {"features": 150, "head": 400, "lora": 400, "full": 400}
 TOGETHER = 8  # texts of a step that go through the model at once: neighbors in length, so that little is padding
 BATCHES = {"features": 128, "head": 16, "lora": 16, "full": 16}
 
@@ -72,7 +72,7 @@ class Classify:
     out: Path = Path("runs/classify")
     """Where the result, metrics.jsonl, the loss curve, the confusion matrix and checkpoints go."""
     steps: int | None = None
-    """Optimizer steps; by default 150."""
+    """Optimizer steps; by default 150 for features, else 400."""
     batch_size: int | None = None
     """Texts a step; by default 128 for features, else 16."""
     seq_len: int = 48
@@ -101,7 +101,7 @@ class Classify:
 
     def run(self) -> int:
         started = time.perf_counter()
-        steps, batch_size = self.steps or STEPS, self.batch_size or BATCHES[self.method]
+        steps, batch_size = self.steps or STEPS[self.method], self.batch_size or BATCHES[self.method]
         at_least(1, steps=steps, batch_size=batch_size, r=self.r)
         at_least(3, seq_len=self.seq_len)
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json", FEATURES})

@@ -10,6 +10,8 @@ from minift.cli import main
 from minift.data.split import is_held_out
 from minift.io import load_adapter, load_model
 from minift.models import classifier
+from minift.nn.weight import trainable
+from minift.train import classify
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +58,29 @@ def test_what_is_saved_is_what_was_measured(data, tmp_path, capsys):
     assert loaded.config.id2label == {0: "animal", 1: "tool"} and summary["labels"] == ["animal", "tool"]
 
 
-def test_resumed_is_the_same_bits(data, tmp_path, capsys):
-    """Ten steps at once, or five and then from the checkpoint on."""
-    options = ["--method", "lora", "--steps", "10", "--save-every", "5", "--eval-every", "5", "--r", "2"]
+@pytest.mark.parametrize("method", ["features", "lora"])
+def test_resumed_is_the_same_bits(method, data, tmp_path, capsys, monkeypatch):
+    """Ten steps at once, or stopped in the seventh and gone on from the checkpoint after the fifth."""
+    options = ["--method", method, "--steps", "10", "--save-every", "5", "--eval-every", "5", "--r", "2"]
     _, whole = run(capsys, data, tmp_path / "a", *options)
-    kept = tmp_path / "b"
-    run(capsys, data, kept, *options)
-    records = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
-    _, again = run(capsys, data, kept, *options, "--resume")  # nothing left to do: the result is the checkpoint's
-    weights = "adapter/adapter_model.safetensors"
-    assert (kept / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
+    name = {"features": "feature_loss", "lora": "loss"}[method]
+    right, seen = getattr(classify, name), set()
+
+    def stops(params, batch, *rest):
+        seen.add(trainable(params)[next(iter(trainable(params)))].tobytes())  # another value each step
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return right(params, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classify, name, stops)
+        assert run(capsys, data, tmp_path / "b", *options)[0] == 130
+    _, again = run(capsys, data, tmp_path / "b", *options, "--resume")
+    weights = {"features": "features/classifier.safetensors", "lora": "adapter/adapter_model.safetensors"}[method]
+    assert (tmp_path / "b" / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
     assert again["accuracy"] == whole["accuracy"]
+    records = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 11))
 
 
 @pytest.mark.parametrize(
