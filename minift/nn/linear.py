@@ -43,7 +43,7 @@ def linear(
             dweight = rows(dy).T @ rows(x)  # (d_out, d_in)
         else:
             dx, dweight = weight_vjp(dy)
-        dbias = sum_to(dy, shift.shape) if shift_learns else None
+        dbias = sum_to(dy, shift.shape) if shift is not None and shift_learns else None
         return dx, dweight, dbias
 
     return y, vjp
