@@ -19,11 +19,20 @@ def rounding_bound(params, config, tokens, seed=0, u=None):
     """What weights changed by √K u, K the longest sum of the model, do to the logits; and the exact logits.
 
     u is float32's unless it is given."""
+
+    def logits(params):
+        return llama.forward(params, tokens, config, recompute=True)[0]
+
+    return moved_by_rounding(logits, params, max(config.intermediate_size, config.hidden_size), seed, u)
+
+
+def moved_by_rounding(compute, params, longest, seed=0, u=None):
+    """The same of whatever `compute(params)` gives, where no sum is longer than `longest`: the bound, and what is
+    exact."""
     rng = np.random.default_rng(seed)
     exact_params = {name: dense(w).astype(np.float64) for name, w in params.items()}
-    exact, _ = llama.forward(exact_params, tokens, config, recompute=True)
-    longest = max(config.intermediate_size, config.hidden_size)
+    exact = compute(exact_params)
     size = np.sqrt(longest) * (unit_roundoff(np.float32) if u is None else u)
     for weight in exact_params.values():  # in place: a real model takes a gigabyte
         weight *= 1 + size * rng.choice(np.array([-1, 1], np.int8), weight.shape)
-    return np.abs(llama.forward(exact_params, tokens, config, recompute=True)[0] - exact).max(), exact
+    return np.abs(compute(exact_params) - exact).max(), exact

@@ -11,6 +11,7 @@ import tyro
 
 from minift.cli.chat import Chat
 from minift.cli.claims import Claims
+from minift.cli.classify import Classify
 from minift.cli.common import forget_the_reader
 from minift.cli.compare import Compare
 from minift.cli.conformance import Conformance
@@ -36,6 +37,7 @@ from minift.io import FormatError
 COMMANDS: dict[str, Callable[..., Any]] = {
     "finetune": Finetune,
     "pretrain": Pretrain,
+    "classify": Classify,
     "generate": Generate,
     "chat": Chat,
     "rate": Rate,

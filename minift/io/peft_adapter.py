@@ -28,6 +28,7 @@ from minift.peft.tuned import UNTIE, tied
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+WHOLE = (".weight", ".bias")  # of a module that was trained in full
 DEFAULT = "default"
 BASE = "minift.base"  # in the metadata of WEIGHTS, where PEFT does not look: "nf4" for an adapter of QLoRA
 
@@ -69,7 +70,7 @@ def load_adapter(folder: Path | str, params: Params | None = None, name: str | N
     arrays = _read_arrays(file, config.selection)
     paths = sorted(full.removesuffix(f".{A_NAME}") for full in arrays if full.endswith(f".{A_NAME}"))
     _check_arrays(file.path, arrays, config.ranks(paths))
-    whole = tuple(full.removesuffix(".weight") for full in arrays if not full.endswith((f".{A_NAME}", f".{B_NAME}")))
+    whole = tuple(full.rpartition(".")[0] for full in arrays if not full.endswith((f".{A_NAME}", f".{B_NAME}")))
     _check_saved(config, whole)
     adapter = Adapter(
         arrays=arrays,
@@ -144,7 +145,7 @@ def _read_arrays(file: SafetensorsFile, selection: Selection) -> Arrays:
     arrays = {}
     for name in file.names():
         full = name.removeprefix(PREFIX)
-        whole = full.endswith(".weight") and selection.saves(full.removesuffix(".weight"))
+        whole = full.endswith(WHOLE) and selection.saves(full.rpartition(".")[0])
         if "lora_embedding_" in name:
             needed = "adapters on linear layers: leave embed_tokens out of target_modules, or merge it with PEFT"
             raise FormatError(file.path, name, "an adapter on a table of embeddings", needed)
@@ -176,7 +177,7 @@ def _check_arrays(path: Path, arrays: Arrays, ranks: dict[str, int]) -> None:
     for full, array in arrays.items():
         is_a, is_b = full.endswith(f".{A_NAME}"), full.endswith(f".{B_NAME}")
         if not is_a and not is_b:
-            if not full.endswith(".weight") or (layer := full.removesuffix(".weight")) in ranks:
+            if not full.endswith(WHOLE) or full.rpartition(".")[0] in ranks:
                 raise FormatError(path, full, "a surplus tensor", f"….{A_NAME} or ….{B_NAME} only")
             continue
         layer = full.removesuffix(f".{A_NAME}" if is_a else f".{B_NAME}")

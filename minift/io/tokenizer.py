@@ -20,7 +20,7 @@ from minift.io.atomic import atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import json_bytes, read_json
 
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 class Tokenizer:
@@ -38,6 +38,9 @@ class Tokenizer:
         eos_token: str | None = None,
         pad_token: str | None = None,
         unk_token: str | None = None,
+        cls_token: str | None = None,
+        sep_token: str | None = None,
+        mask_token: str | None = None,
         chat_template: str | None = None,
         stop_token_ids: Iterable[int] = (),
     ):
@@ -50,6 +53,7 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # the largest id + 1
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = bos_token, eos_token, pad_token, unk_token
+        self.cls_token, self.sep_token, self.mask_token = cls_token, sep_token, mask_token  # of encoders
         self.chat_template = chat_template
         for role in SPECIAL:
             token = getattr(self, role)
@@ -84,6 +88,19 @@ class Tokenizer:
         Tokens that are parts of one character all have that character's span."""
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
+
+    def encode_framed(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a text between the special tokens that tokenizer.json puts around one, [CLS] and [SEP] of BERT;
+        of a text that is too long the end is cut, not these. `encode` where the file names none.
+
+        ValueError as `encode`, and for a `max_length` that leaves no room for a token of the text."""
+        encoding, frame = self._encode(text), self._post_processor
+        around = 0 if frame is None else frame.num_special_tokens_to_add(False)
+        if max_length is not None:
+            if max_length <= around:
+                raise ValueError(f"max_length is {max_length}, needed more than the {around} tokens around a text")
+            encoding.truncate(max_length - around)
+        return (encoding if frame is None else frame.process(encoding)).ids
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD."""

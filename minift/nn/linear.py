@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from minift.nn.weight import Weight
+from minift.nn.weight import Weight, unwrap
 
 
 def linear(
     x: Float[np.ndarray, "*rows d_in"],
     weight: Float[np.ndarray, "d_out d_in"] | Weight,
-    bias: Float[np.ndarray, " d_out"] | None = None,
+    bias: Float[np.ndarray, " d_out"] | Weight | None = None,
     *,
     dropout_key: int | None = None,
 ) -> tuple[Float[np.ndarray, "*rows d_out"], Callable]:
@@ -26,14 +26,16 @@ def linear(
         dx = dy W       dW = dyᵀ x  (summed over rows)       db = Σ_rows dy                             (2)
 
     W is (out, in), as in every checkpoint of the field. For a weight that is not an ndarray `dweight` is whatever
-    learns in it (`minift.nn.weight.Cotangent`), None if nothing does. `dropout_key` reaches a LoRA's dropout.
+    learns in it (`minift.nn.weight.Cotangent`), None if nothing does, and so is `dbias`. `dropout_key` reaches a LoRA's
+    dropout.
     """
     if isinstance(weight, np.ndarray):
         y = x @ weight.T  # (..., d_out)
     else:
         y, weight_vjp = weight.linear(x, dropout_key)
-    if bias is not None:
-        y = y + bias
+    shift, shift_learns = (None, False) if bias is None else unwrap(bias)
+    if shift is not None:
+        y = y + shift
 
     def vjp(dy):
         if isinstance(weight, np.ndarray):
@@ -41,7 +43,7 @@ def linear(
             dweight = rows(dy).T @ rows(x)  # (d_out, d_in)
         else:
             dx, dweight = weight_vjp(dy)
-        dbias = None if bias is None else sum_to(dy, bias.shape)
+        dbias = sum_to(dy, shift.shape) if shift is not None and shift_learns else None
         return dx, dweight, dbias
 
     return y, vjp

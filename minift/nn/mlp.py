@@ -79,27 +79,43 @@ def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> tuple[Float[np.ndarray, "*shape
     return y, vjp
 
 
-_SPACING = 1 / 16
-_GRID = np.array([math.erf(i * _SPACING) for i in range(round(6 / _SPACING) + 2)])  # erf(6) = 1 − 2e-17
+_SPACING = 1 / 256
+_CHUNK = 1 << 13  # elements at a time: all of their intermediate results stay in the cache
 
 
-def erf(x: np.ndarray) -> np.ndarray:
-    """The error function to float64 precision: exact values on a grid, a Taylor series from the nearest one.
+def _taylor(terms: int = 6) -> np.ndarray:
+    """Coefficients of erf around each point of the grid from 0 to 6, (terms, points); erf(6) = 1 − 2e-17."""
+    a = np.arange(round(6 / _SPACING) + 1) * _SPACING
+    hermite, previous = np.ones_like(a), np.zeros_like(a)
+    coefficients = [np.array([math.erf(t) for t in a.tolist()])]
+    for n in range(1, terms):
+        coefficients.append((-1) ** (n - 1) * 2 / math.sqrt(math.pi) * np.exp(-a * a) * hermite / math.factorial(n))
+        hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
+    return np.array(coefficients)
+
+
+_TAYLOR = _taylor()
+
+
+def erf(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """The error function, in float64 whatever x is: a Taylor series from the nearest of 1,537 points.
 
         erf(a + h) = erf(a) + 2/√π e^(−a²) Σ_{n≥1} (−1)^(n−1) H_{n−1}(a) hⁿ / n!                         (4)
 
-    H are the Hermite polynomials, H_{n+1} = 2a H_n − 2n H_{n−1}. NumPy has no erf; with |h| ≤ 1/32 eleven terms leave
-    less than 1e-16.
+    H are the Hermite polynomials, H_{n+1} = 2a H_n − 2n H_{n−1}. NumPy has no erf. With |h| ≤ 1/512 the series up to h⁵
+    leaves 3e-18; of float32 numbers it stops at h³, which leaves 3e-12.
     """
-    magnitude = np.fmin(np.abs(x), 6).astype(np.float64)  # fmin: NaN has no nearest point of the grid
-    nearest = np.rint(magnitude / _SPACING)
-    a = nearest * _SPACING
-    h = magnitude - a
-    hermite, previous = np.ones_like(a), np.zeros_like(a)
-    term, series = np.ones_like(a), np.zeros_like(a)
-    for n in range(1, 12):
-        term = term * h / n  # hⁿ / n!
-        series += (-1) ** (n - 1) * hermite * term
-        hermite, previous = 2 * a * hermite - 2 * (n - 1) * previous, hermite
-    value = _GRID[nearest.astype(np.intp)] + (2 / math.sqrt(math.pi)) * np.exp(-a * a) * series
-    return np.where(np.isnan(x), x, np.copysign(value, x))
+    flat, y = x.reshape(-1), np.empty(x.size)
+    table = _TAYLOR[: 4 if x.dtype == np.float32 else len(_TAYLOR)]
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        magnitude = np.fmin(np.abs(part), 6).astype(np.float64)  # fmin: NaN has no nearest point of the grid
+        nearest = np.rint(magnitude / _SPACING)
+        h = magnitude - nearest * _SPACING
+        index = nearest.astype(np.intp)
+        value = table[-1].take(index)
+        for coefficient in table[-2::-1]:
+            value *= h
+            value += coefficient.take(index)
+        y[start : start + _CHUNK] = np.where(np.isnan(part), part, np.copysign(value, part))
+    return y.reshape(x.shape)

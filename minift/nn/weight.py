@@ -207,4 +207,5 @@ def _named(name: str, parts: Any) -> dict[str, Any]:
 
 
 def _full(name: str, part: str) -> str:
-    return name.removesuffix("weight") + part
+    """A part's name beside its weight's; the part "weight" is the parameter itself, also where that is a bias."""
+    return name if part == "weight" else name.removesuffix("weight") + part

@@ -44,7 +44,7 @@ class Adapter:
     def modules_to_save(self) -> tuple[str, ...]:
         """The paths of the modules that were trained in full."""
         whole = (full for full in self.arrays if not full.endswith((f".{A_NAME}", f".{B_NAME}")))
-        return tuple(full.removesuffix(".weight") for full in whole)
+        return tuple(dict.fromkeys(full.rpartition(".")[0] for full in whole))
 
     def scaling(self, path: str) -> float:
         """s of the layer of this path."""
@@ -128,7 +128,7 @@ def placed(
         alpha = adapter.alpha_pattern.get(path, adapter.lora_alpha)
         A, B = left.pop(full), left.pop(partner)
         carried[name] = lora(carried[name], A, B, alpha, adapter.use_rslora, adapter.lora_dropout)
-    _refuse_tied(carried, [name.removesuffix(".weight") for name in left])
+    _refuse_tied(carried, [name.rpartition(".")[0] for name in left])
     for name, array in left.items():
         if name not in carried:
             raise KeyError(f"{name} is not the A or B of a layer, and the model has no weight of that name")

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-TABLES = ("embed_tokens", "wte", "wpe")  # rows are looked up, nothing is multiplied: no adapter fits
-NOT_LINEAR = (*TABLES, "lm_head", "score")  # tables and heads: not meant by "all-linear"
+TABLES = ("embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings")
+# … whose rows are looked up, nothing is multiplied: no adapter fits
+NOT_LINEAR = (*TABLES, "lm_head", "score", "classifier")  # tables and heads: not meant by "all-linear"
 ALL_LINEAR = "all-linear"
 SOFT_PROMPTS = ("prompt_embeddings", "prefix_embeddings", "prompt_encoder.")  # stand before the text, not in a layer
 
@@ -67,16 +68,14 @@ def targets(params: Mapping[str, Any], target_modules: str | Iterable[str]) -> l
 
 
 def saved(params: Mapping[str, Any], modules_to_save: Iterable[str]) -> list[str]:
-    """The names of the weights that `modules_to_save` means: those of every module whose path ends in one of these, and
-    of the modules in it. ValueError for one that matches nothing, or matches a bias."""
+    """The names of the weights and biases that `modules_to_save` means: those of every module whose path ends in one of
+    these, and of the modules in it. ValueError for one that matches nothing."""
     names: dict[str, None] = {}
     for module in modules_to_save:
         selection = Selection(modules_to_save=(module,))
         found = [name for name in params if module and selection.saves(name.rpartition(".")[0])]
         if not found:
             raise ValueError(f"modules_to_save: {module!r} matches no module of the model")
-        if biases := [name for name in found if not name.endswith(".weight")]:
-            raise ValueError(f"modules_to_save: {module!r} means {biases[0]}, and only weights can be trained in full")
         names |= dict.fromkeys(found)
     return [name for name in params if name in names]
 

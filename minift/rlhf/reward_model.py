@@ -13,7 +13,6 @@ All losses are formed with log(1 + e^−d) in its stable form: log σ(d) of floa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,22 +20,16 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from minift.data.batches import Batch
-from minift.models import llama
-from minift.nn.linear import linear
-from minift.nn.weight import Params, dense, gradients
+from minift.models import classifier, llama
+from minift.nn.weight import Params
 from minift.rlhf.pairs import Pairs
-
-SCORE = "score.weight"  # (1, d): transformers' name for the head of LlamaForSequenceClassification
 
 
 def with_head(params: Params, rng: np.random.Generator) -> dict[str, Any]:
-    """The parameters with a fresh scalar head in place of the output matrix.
+    """The parameters with a fresh scalar head in place of the output matrix: a classifier of one class.
 
-    Drawn from N(0, 1/(d + 1)), so that scores begin with the size of one hidden number  (Ziegler et al. 2019, §2.1).
     It learns; beside an adapter, attach that afterwards with modules_to_save=["score"], which keeps it learning."""
-    norm = dense(params["model.norm.weight"])
-    head = rng.standard_normal((1, len(norm))) / math.sqrt(len(norm) + 1)
-    return {name: w for name, w in params.items() if name != llama.HEAD} | {SCORE: head.astype(norm.dtype)}
+    return classifier.with_score(params, 1, rng)
 
 
 def score(
@@ -55,20 +48,14 @@ def score(
         raise ValueError("a packed row holds several texts, needed one a row: use `pad`")
     if not (batch.lengths >= 1).all():
         raise ValueError(f"row {int(np.argmin(batch.lengths))} has no token, so there is nothing to score")
-    hidden, backbone_vjp = llama.backbone(
-        params, batch.tokens, config, lengths=batch.lengths, dropout_key=dropout_key, recompute=recompute
+    logits, logits_vjp = classifier.logits(
+        params, batch.tokens, batch.lengths, config, dropout_key=dropout_key, recompute=recompute
     )
-    at = np.arange(len(hidden)), batch.lengths - 1
-    rewards, head_vjp = linear(hidden[at], params[SCORE])  # (B, 1)
 
     def vjp(drewards):
-        drows, dhead, _ = head_vjp(drewards[:, None])
-        dhidden = np.zeros_like(hidden)
-        dhidden[at] = drows
-        _, _, below = backbone_vjp(dhidden)
-        return gradients([*below.items(), (SCORE, dhead)])
+        return logits_vjp(drewards[:, None])
 
-    return rewards[:, 0], vjp
+    return logits[:, 0], vjp
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from minift.conformance.gradients import check_vjp
 from minift.conformance.operations import lora as operation
 from minift.models import llama
 from minift.nn.dropout import uniform
+from minift.nn.linear import linear
 from minift.nn.weight import Frozen, freeze, learns, replace, trainable
 from minift.peft import lora, qlora
 from minift.peft.lora import LoRA
@@ -583,8 +584,25 @@ def test_insert_refuses_whole_weights_that_do_not_belong(params, rng):
         lora.insert(params, with_array("lm_head.weight", np.ones((22, 12))))
     with pytest.raises(ValueError, match="learns itself, and cannot be trained in full as well"):
         lora.insert(params, with_array(LAYER + "weight", params[LAYER + "weight"]))
-    with pytest.raises(ValueError, match=r"modules_to_save: 'norm' means norm\.bias, and only weights"):
-        lora.attach(params | {"norm.weight": np.ones(2), "norm.bias": np.ones(2)}, rng=rng, modules_to_save=["norm"])
+
+
+def test_a_module_that_learns_in_full_may_have_a_bias(params, rng):
+    """Weight and bias learn under their own names, come off with the adapter, and go on again."""
+    bias = np.arange(23.0)
+    params = params | {"lm_head.bias": bias}
+    carried = lora.attach(params, ["q_proj"], rng=rng, modules_to_save=["lm_head"])
+    assert {"lm_head.weight", "lm_head.bias"} < trainable(carried).keys()
+    learned = replace(carried, {"lm_head.bias": bias + 1})
+    x, dy = np.ones((2, 12)), np.ones((2, 23))
+    y, vjp = linear(x, learned["lm_head.weight"], learned["lm_head.bias"])
+    assert np.array_equal(y, x @ params["lm_head.weight"].T + bias + 1)
+    assert np.array_equal(vjp(dy)[2], np.full(23, 2.0))
+    base, adapter = lora.detach(learned)
+    assert adapter.modules_to_save == ("lm_head",)
+    assert linear(x, base["lm_head.weight"], base["lm_head.bias"])[1](dy)[2] is None  # frozen again, and as it was
+    assert np.array_equal(base["lm_head.bias"].dense(), bias)
+    again = lora.insert(base, adapter)
+    assert np.array_equal(again["lm_head.bias"].dense(), bias + 1)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
