@@ -141,8 +141,6 @@ class Finetune:
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
         if self.method in SOFT_PROMPTS:
             at_least(1, num_virtual_tokens=self.num_virtual_tokens)
-            if self.device != "cpu":
-                raise ValueError(f"--method {self.method} --device {self.device}: soft prompts train with --device cpu")
         engine = engine_on(self.device)
         config, params = load_model(self.model)
         settings = self._settings(config)

@@ -203,6 +203,11 @@ def moments_8bit(theta: Any, m_codes: Any, m_absmax: Any, v_codes: Any, v_absmax
     )
 
 
+def _both_directions(module: ModuleType, place: Place) -> Callable | None:
+    layers = place.function(module.bidirectional_lstm)
+    return place.differentiable(layers and (lambda x, *eight: layers(x, eight[:4], eight[4:])))
+
+
 def _batched(module: ModuleType, place: Place) -> Callable | None:
     forward = place.function(module.forward)
 
@@ -226,6 +231,7 @@ ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
     "adamw8bit.adamw8bit_1": _step_8bit("adamw8bit_1"),
     "adamw8bit.adamw8bit_2": _step_8bit("adamw8bit_2"),
     "batched.forward": _batched,
+    "lstm.bidirectional_lstm": _both_directions,
     "nf4.dequantize": _nf4_dequantize,
     "blockwise.quantize": _blockwise_quantize,
     "blockwise.dequantize": _blockwise_dequantize,
