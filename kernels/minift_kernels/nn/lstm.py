@@ -56,7 +56,8 @@ def bidirectional_lstm(
     """Two layers side by side, one that reads the text from its end.             (Schuster & Paliwal 1997)
 
     y = [lstm(x), reversed lstm(reversed x)]                                                            (7)"""
-    return torch.cat([lstm(x, *ahead), lstm(x.flip(1), *back).flip(1)], dim=2)
+    wide, ahead, back = backends.widened(x), tuple(map(backends.widened, ahead)), tuple(map(backends.widened, back))
+    return torch.cat([lstm(wide, *ahead), lstm(wide.flip(1), *back).flip(1)], dim=2).to(x.dtype)
 
 
 def _step(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
