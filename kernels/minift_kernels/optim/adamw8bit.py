@@ -209,13 +209,14 @@ class AdamW8bit:
                 self._update_in_32_bits(names, arrays, gradients, learning_rate, how)
                 continue
             lists: list[list[Any]] = [[x[name] for name in names] for x in (arrays, gradients, self.m, self.v)]
-            decays = [arrays[name].dim() >= 2 for name in names]
+            thetas, slopes, ms, vs = lists
+            decays = [theta.dim() >= 2 for theta in thetas]
             settings = self.step + 1, learning_rate, *betas
             if how != "torch":
-                _update(*lists, decays, (*settings, self.weight_decay), how)
+                _update(thetas, slopes, ms, vs, decays, (*settings, self.weight_decay), how)
                 continue
-            for *one, decay in zip(*lists, decays, strict=True):
-                overwrite(*one, (*settings, self.weight_decay if decay else 0.0), how)
+            for theta, slope, m, v, decay in zip(*lists, decays, strict=True):
+                overwrite(theta, slope, m, v, (*settings, self.weight_decay if decay else 0.0), how)
         self.step += 1
 
     @property
@@ -224,9 +225,10 @@ class AdamW8bit:
 
     def _update_in_32_bits(self, names: list[str], arrays, gradients, learning_rate: float, how: str) -> None:
         """The step of `AdamW`, of a state that is part of this one."""
-        of: list[Any] = [{name: x[name] for name in names} for x in (arrays, gradients, self.m, self.v)]
-        small = AdamW(self.beta1, self.beta2, self.eps, self.weight_decay, self.step, *of[2:])
-        small.update(*of[:2], learning_rate, backend=how)
+        of: list[dict[str, Any]] = [{name: x[name] for name in names} for x in (arrays, gradients, self.m, self.v)]
+        thetas, slopes, m, v = of
+        small = AdamW(self.beta1, self.beta2, self.eps, self.weight_decay, self.step, m, v)
+        small.update(thetas, slopes, learning_rate, backend=how)
 
     def _zeros(self, theta: Tensor) -> tuple[Moment, Moment]:
         return zero_moments(theta, self.block_size, self.min_8bit_size)

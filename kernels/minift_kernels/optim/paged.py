@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,16 @@ from torch import Tensor
 from minift.optim.paged import PAGE_ELEMENTS
 from minift.quant.blockwise import block_count
 from minift_kernels.nn.weight import Tensors
-from minift_kernels.optim.adamw import AdamW, adamw_2, check_names, checked
-from minift_kernels.optim.adamw8bit import AdamW8bit, Moment, check_gradients, overwrite, piece, zero_moments
+from minift_kernels.optim.adamw import AdamW, check_names, checked
+from minift_kernels.optim.adamw8bit import (
+    AdamW8bit,
+    Moment,
+    check_gradients,
+    overwrite,
+    piece,
+    step_in_place,
+    zero_moments,
+)
 from minift_kernels.optim.pager import Pager
 from minift_kernels.quant.blockwise import BlockwiseTensor
 from minift_kernels.quant.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, on_device
@@ -97,7 +106,7 @@ class PagedAdamW:
                 if isinstance(m, BlockwiseTensor) and isinstance(v, BlockwiseTensor):
                     overwrite(flat[elements], g[elements], m, v, settings, how)
                 else:
-                    adamw_2(flat[elements], g[elements], m, v, *settings, backend=how)
+                    step_in_place(flat[elements], g[elements], m, v, *settings, backend=how)
 
     @property
     def _block_size(self) -> int:
@@ -162,7 +171,8 @@ def _bytes_of(m: Moment, v: Moment) -> Tensor:
     """What lies in a page: m and v; or in 8 bits the scales of both, then the codes of both."""
     if isinstance(m, BlockwiseTensor) and isinstance(v, BlockwiseTensor):
         return torch.cat([part.view(torch.uint8) for part in (m.absmax, v.absmax, m.codes, v.codes)])
-    return torch.cat([moment.contiguous().view(-1).view(torch.uint8) for moment in (m, v)])
+    moments: list[Any] = [m, v]
+    return torch.cat([moment.contiguous().view(-1).view(torch.uint8) for moment in moments])
 
 
 def _joined(pieces: list, dtype: torch.dtype) -> Tensor:

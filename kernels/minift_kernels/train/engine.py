@@ -66,5 +66,5 @@ def _moment(array: Any, place: torch.device) -> Any:
 def _array(tensor: Any) -> Any:
     if not isinstance(tensor, BlockwiseTensor):
         return tensor.detach().cpu().numpy().copy()
-    parts = (part.cpu().numpy().copy() for part in (tensor.codes, tensor.absmax, tensor.code))
-    return ReferenceBlockwise(*parts, tensor.shape, tensor.block_size)
+    codes, absmax, code = (part.cpu().numpy().copy() for part in (tensor.codes, tensor.absmax, tensor.code))
+    return ReferenceBlockwise(codes, absmax, code, tensor.shape, tensor.block_size)
