@@ -3,13 +3,14 @@
 What is not resident waits in the host's memory, pinned, so that the GPU's copy engine can reach it. Copies have a
 stream of their own, beside the one that computes:
 
-    page fault     copied in on that stream; the computing stream waits for this one copy, and the host for nothing
-    eviction       copied out on that stream, when what has been computed with the page so far is done
+    page fault     copied in on that stream; the computing stream waits for it, and the host for nothing
+    eviction       copied out on that stream, when the last use of this page is done, whatever is computed since
     a peek         waits until copies are done: the host reads then
 
-A page that is brought in lies where one has been that was evicted for it, if both are of one size: on one stream the
-copy in follows the copy out, so nobody has to wait, and the host, which runs ahead, never asks for more memory than the
-budget. A copy out and the computation on another page run side by side.
+The host runs ahead: it asks for the next page while the GPU computes with this one, so with room for two pages the
+copies for the next run beside the computation. A page that is brought in lies where one has been that was evicted for
+it, if both are of one size: on one stream the copy in follows the copy out, so the host never asks for more memory than
+the budget.
 
 On the CPU pages that wait are plain memory, and copies are copies. Which pages are where, and what is counted, are the
 reference's, whatever the order of uses.
@@ -41,6 +42,7 @@ class Pager:
         self._host: list[Tensor] = []  # every page; what is in it counts while it is not resident
         self._resident: OrderedDict[int, Tensor] = OrderedDict()  # the least recently used first
         self._in_use: Counter[int] = Counter()
+        self._used: dict[int, torch.cuda.Event] = {}  # on a GPU: when the last use of a resident page is done
         self._left: list[Tensor] = []  # memory of pages that were evicted for the one that comes
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -75,6 +77,8 @@ class Pager:
             self._in_use[number] -= 1
             if not self._in_use[number]:
                 del self._in_use[number]
+            if self._copies is not None:
+                self._used[number] = torch.cuda.current_stream(self.device).record_event()
 
     def peek(self, number: int) -> UInt8[Tensor, " n"]:
         """A copy of a page's bytes in the host's memory, from wherever it is: nothing is moved or counted."""
@@ -149,7 +153,7 @@ class Pager:
         if self._copies is None:
             self._host[number].copy_(page)
             return
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # what is written into it until now
+        self._copies.wait_event(self._used.pop(number))
         with torch.cuda.stream(self._copies):
             self._host[number].copy_(page, non_blocking=True)
         page.record_stream(self._copies)  # its memory is no one else's before the copy is done
