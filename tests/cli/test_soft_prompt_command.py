@@ -73,7 +73,7 @@ def test_torch_trains_the_same(call, tmp_path, name):
         assert status == 0 and result["trainable_parameters"] == learned
         assert load_prompt(result["adapter"]).table.shape == shape
         losses.append((result["eval_loss_before"], result["eval_loss_after"], result["optimizer_bytes"]))
-    assert np.allclose(*losses, rtol=1e-5, atol=0)
+    assert np.allclose(*losses, rtol=1e-4, atol=0)  # where a gradient is near 0, Adam enlarges a rounding
 
 
 def test_a_prompt_from_a_text_starts_there(call, tmp_path):
