@@ -27,7 +27,7 @@ from rich.table import Table
 from minift_kernels import aot, backend
 from minift_kernels.backend import Launch
 from minift_kernels.nn import attention, dropout, embedding, losses, mlp, norms, rope
-from minift_kernels.optim import adamw
+from minift_kernels.optim import adamw, adamw8bit
 from minift_kernels.peft import batched, lora
 from minift_kernels.quant import blockwise, nf4, nf4_kernels, nf4_matmul, nf4_matmul_kernels, nf4_matvec_kernels
 
@@ -158,6 +158,11 @@ def of_adamw(dtype: torch.dtype) -> Launches:
     yield "step_one", adamw.step_launch(*tensors, numbers, "triton")
     yield "step_all", adamw.update_launch(*([t, t[:999]] for t in tensors), numbers, "triton")
     yield "squares", adamw.squares_launch(empty(1025, dtype=torch.float64), tensors[3:], "triton")
+    theta, *_, gradient = ([t] for t in tensors)
+    codes, scales = [empty(1 << 24, dtype=torch.uint8)], [empty((1 << 24) // adamw8bit.BLOCK_SIZE)]
+    moments = codes, codes, scales, scales
+    launch = adamw8bit.update_launch(theta, *moments, gradient, [True], numbers, adamw8bit.BLOCK_SIZE, "triton")
+    yield "step_blocks", launch
 
 
 FAMILIES: dict[str, Callable[[torch.dtype], Launches]] = {

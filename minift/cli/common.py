@@ -24,9 +24,10 @@ from minift.data.templates import encode_all, encode_prompt, end_of_turn
 from minift.io import Tokenizer, atomic_write, load_adapter, load_model, load_prompt, prompt_kind
 from minift.models import llama
 from minift.nn.weight import Params
+from minift.optim.paged import LARGEST_PAGE
 from minift.peft import lora, qlora, soft_prompt
 from minift.quant.sixteen import Dtype
-from minift.train.engine import NUMPY, Engine
+from minift.train.engine import NUMPY, Engine, Optimizer
 
 
 class _Console(Console):
@@ -152,6 +153,12 @@ def engine_on(device: Device) -> Engine:
             f"--device {device}: {error.name} is not installed; pip install 'minift[kernels]', or use --device cpu"
         ) from None
     return engine.on(device.removesuffix("-torch"))
+
+
+def check_page_budget(optimizer: Optimizer, page_budget: int) -> None:
+    """ValueError where not even one page fits, before a model is loaded."""
+    if optimizer == "paged-adamw8bit" and page_budget < LARGEST_PAGE:
+        raise ValueError(f"--page-budget {page_budget:,}: a page takes up to {LARGEST_PAGE:,} bytes, needed that much")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from minift.cli.common import (
     Device,
     answer,
     batches_of,
+    check_page_budget,
     console,
     emit,
     engine_on,
@@ -97,7 +98,8 @@ class Finetune:
     """adamw: moments of 32 bits, 8 bytes a number. adamw8bit: 8 bits, 2.03 bytes (32 in arrays under 4,096 numbers).
     paged-adamw8bit: the same numbers in pages, of which --page-budget bytes stay in memory."""
     page_budget: int = 1_000_000
-    """Bytes of moments that paged-adamw8bit keeps in memory; the rest is in a file without a name in --out."""
+    """Bytes of moments that paged-adamw8bit keeps in memory; the rest is in a file without a name in --out, or, with
+    torch, in the host's memory."""
     r: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -141,11 +143,10 @@ class Finetune:
         at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
         at_least(1, eval_examples=self.eval_examples)
         at_least(2, seq_len=self.seq_len)
+        check_page_budget(self.optimizer, self.page_budget)
         refuse_to_destroy(self._result, {"adapter_config.json", "config.json"})  # now, not after an hour of training
         if self.method in SOFT_PROMPTS:
             at_least(1, num_virtual_tokens=self.num_virtual_tokens)
-            if self.device != "cpu":
-                raise ValueError(f"--method {self.method} --device {self.device}: soft prompts train with --device cpu")
         if self.dtype != "float32" and self.method == "full":
             raise ValueError(f"--method full --dtype {self.dtype}: all weights learn, which takes 32 bits; use float32")
         if self.dtype != "float32" and self.device != "cpu":

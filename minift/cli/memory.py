@@ -10,9 +10,10 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from minift.cli.common import console, emit, modules
+from minift.cli.common import check_page_budget, console, emit, modules
 from minift.io import load_model
 from minift.models import llama
+from minift.train.engine import Optimizer
 from minift.train.loop import at_least
 from minift.train.memory import LORA_PAPER, SIZES, bill, lora_paper
 from minift.train.methods import Method
@@ -44,6 +45,11 @@ class Memory:
     the bill of finetune --dtype bfloat16."""
     recompute: bool = False
     """Keep one block's activations at a time."""
+    optimizer: Optimizer = "adamw"
+    """adamw: moments of 32 bits. adamw8bit: of 8. paged-adamw8bit: these in pages, of which --page-budget bytes stay in
+    memory."""
+    page_budget: int = 1_000_000
+    """Bytes of moments that paged-adamw8bit keeps in memory, as in finetune."""
     out: Path | None = None
     """A folder for summary.json, which holds the same as --json."""
     json: bool = False
@@ -51,6 +57,7 @@ class Memory:
 
     def run(self) -> int:
         at_least(1, r=self.r, batch_size=self.batch_size, seq_len=self.seq_len)
+        check_page_budget(self.optimizer, self.page_budget)
         if self.model == "lora-paper" or self.model in LORA_PAPER:
             return self._paper()
         config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]
@@ -64,6 +71,8 @@ class Memory:
             weight_bits=self.weight_bits,
             compute_bits=self.compute_bits,
             recompute=self.recompute,
+            optimizer=self.optimizer,
+            page_budget=self.page_budget,
         )
         total, without = sum(i.nbytes for i in items), sum(i.nbytes for i in items if i.name != "activations")
         table = Table(title=f"{self.method} on {self.model}", box=None, padding=(0, 2, 0, 0))

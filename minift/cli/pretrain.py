@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from rich.text import Text
 
-from minift.cli.common import Device, batches_of, console, emit, engine_on, peak_memory_bytes
+from minift.cli.common import Device, batches_of, check_page_budget, console, emit, engine_on, peak_memory_bytes
 from minift.cli.watch import Watcher, draw_losses
 from minift.data import stdlib_docs
 from minift.data.batches import Encoded, chunks
@@ -97,6 +97,7 @@ class Pretrain:
         started = time.perf_counter()
         at_least(1, batch_size=self.batch_size)
         at_least(2, seq_len=self.seq_len)
+        check_page_budget(self.optimizer, self.page_budget)
         settings = Settings(
             steps=self.steps,
             learning_rate=self.learning_rate,

@@ -20,12 +20,21 @@ import numpy as np
 
 from minift.nn.weight import Arrays
 from minift.optim.adamw import AdamW, check_names
-from minift.optim.adamw8bit import AdamW8bit, Moment, check_gradient, piece, step_in_place, zero_moments
+from minift.optim.adamw8bit import (
+    BLOCK_SIZE,
+    AdamW8bit,
+    Moment,
+    check_gradient,
+    piece,
+    step_in_place,
+    zero_moments,
+)
 from minift.optim.pager import Pager
 from minift.quant.blockwise import BlockwiseTensor, block_count
 from minift.quant.codebooks import DYNAMIC, DYNAMIC_UNSIGNED
 
 PAGE_ELEMENTS = 1 << 14
+LARGEST_PAGE = 2 * PAGE_ELEMENTS + 8 * PAGE_ELEMENTS // BLOCK_SIZE  # bytes, of moments in 8 bits
 
 
 @dataclass(frozen=True)

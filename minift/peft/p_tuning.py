@@ -47,25 +47,45 @@ def attach(
 
     E is drawn from N(0, 1), the rest as torch does: uniform in ±1/√in, in the LSTM in ±1/√H. ValueError for a number
     out of range, another encoder, or parameters of which some learn behind an adapter."""
+    frozen, d = freeze(params), embeddings(params).shape[1]
+    return frozen | fresh(
+        d,
+        num_virtual_tokens,
+        rng=rng,
+        encoder=encoder,
+        encoder_hidden_size=encoder_hidden_size,
+        encoder_num_layers=encoder_num_layers,
+    )
+
+
+def fresh(
+    d: int,
+    num_virtual_tokens: int,
+    *,
+    rng: np.random.Generator,
+    encoder: Encoder = "MLP",
+    encoder_hidden_size: int | None = None,
+    encoder_num_layers: int = 2,
+) -> Arrays:
+    """E and the encoder before training, for a model of width d. ValueError as `attach`."""
     check_count(num_virtual_tokens)
     if encoder not in get_args(Encoder):
         raise ValueError(f"encoder is {encoder!r}, needed one of {get_args(Encoder)}")
-    d = embeddings(params).shape[1]
     hidden = d if encoder_hidden_size is None else encoder_hidden_size
     for name, value in (("encoder_hidden_size", hidden), ("encoder_num_layers", encoder_num_layers)):
         if value < 1:
             raise ValueError(f"{name} is {value}, needed 1 or more")
-    fresh = {EMBEDDING: rng.standard_normal((num_virtual_tokens, d)).astype(np.float32)}
+    drawn = {EMBEDDING: rng.standard_normal((num_virtual_tokens, d)).astype(np.float32)}
     if encoder == "MLP":
-        return freeze(params) | fresh | fresh_layers(HEAD, (d, hidden, hidden, d), rng)
+        return drawn | fresh_layers(HEAD, (d, hidden, hidden, d), rng)
     bound = 1 / math.sqrt(hidden)
     for layer in range(encoder_num_layers):
         d_in = 2 * hidden if layer else d
         shapes = ((4 * hidden, d_in), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
-        for names in _names(layer):
-            drawn = (rng.uniform(-bound, bound, shape).astype(np.float32) for shape in shapes)
-            fresh |= dict(zip(names, drawn, strict=True))
-    return freeze(params) | fresh | fresh_layers(HEAD, (2 * hidden, 2 * hidden, d), rng)
+        for names in names_of(layer):
+            parts = (rng.uniform(-bound, bound, shape).astype(np.float32) for shape in shapes)
+            drawn |= dict(zip(names, parts, strict=True))
+    return drawn | fresh_layers(HEAD, (2 * hidden, 2 * hidden, d), rng)
 
 
 def encode(arrays: Arrays) -> tuple[Float[np.ndarray, "prompt d"], Callable]:
@@ -75,7 +95,7 @@ def encode(arrays: Arrays) -> tuple[Float[np.ndarray, "prompt d"], Callable]:
     x, layers = arrays[EMBEDDING], sum(name.endswith("_reverse") for name in arrays) // len(PARTS)
     x, pullbacks = x[None], []
     for layer in range(layers):
-        ahead, back = (tuple(arrays[name] for name in names) for names in _names(layer))
+        ahead, back = (tuple(arrays[name] for name in names) for names in names_of(layer))
         x, layer_vjp = bidirectional_lstm(x, ahead, back)
         pullbacks.append(layer_vjp)
     made, head_vjp = feed_forward(arrays, HEAD, x[0], "relu")
@@ -85,14 +105,14 @@ def encode(arrays: Arrays) -> tuple[Float[np.ndarray, "prompt d"], Callable]:
         dx = dx[None]
         for layer in reversed(range(layers)):
             dx, *both = pullbacks[layer](dx)
-            for names, cotangents in zip(_names(layer), both, strict=True):
+            for names, cotangents in zip(names_of(layer), both, strict=True):
                 gradients |= dict(zip(names, cotangents, strict=True))
         return {EMBEDDING: dx[0]} | gradients
 
     return made, vjp
 
 
-def _names(layer: int) -> tuple[list[str], list[str]]:
+def names_of(layer: int) -> tuple[list[str], list[str]]:
     """torch's names for the weights of one layer of the LSTM, ahead and back."""
     ahead = [f"{LSTM}.{part}_l{layer}" for part in PARTS]
     return ahead, [f"{name}_reverse" for name in ahead]

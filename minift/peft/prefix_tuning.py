@@ -16,7 +16,7 @@ How this differs from its two neighbors, see `minift.peft.soft_prompt`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def attach(
 
     ValueError for a negative number of tokens, a width below 1, or parameters of which some learn behind an adapter."""
     check_count(num_virtual_tokens)
-    layers, d = _sizes(params)
+    layers, d = sizes(params)
     if encoder_hidden_size is None:
         fresh = {TABLE: (STD * rng.standard_normal((num_virtual_tokens, layers * 2 * d))).astype(np.float32)}
     elif encoder_hidden_size < 1:
@@ -86,13 +86,13 @@ def trainable_parameters(num_virtual_tokens: int, num_layers: int, d: int) -> in
     return 2 * num_layers * num_virtual_tokens * d
 
 
-def width(params: Params) -> int:
+def width(params: Mapping[str, Any]) -> int:
     """Numbers of one virtual token: 2 · L · kv heads · head_dim. ValueError where the model has no key projections."""
-    layers, d = _sizes(params)
+    layers, d = sizes(params)
     return layers * 2 * d
 
 
-def _sizes(params: Params) -> tuple[int, int]:
+def sizes(params: Mapping[str, Any]) -> tuple[int, int]:
     """Number of layers, and numbers of one layer's key."""
     keys = [weight.shape[0] for name, weight in params.items() if name.endswith("self_attn.k_proj.weight")]
     if not keys:

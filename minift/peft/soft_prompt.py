@@ -31,7 +31,7 @@ value for a file, `insert` puts it on, `fold` replaces an encoder by its output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ class SoftPrompt:
         return f"SoftPrompt({self.kind}, {p} virtual tokens of {row:,} numbers, {self.table.nbytes:,} bytes)"
 
 
-def kind(params: Params) -> Kind | None:
+def kind(params: Mapping[str, Any]) -> Kind | None:
     """Which soft prompt these parameters carry; None for none. A folded P-tuning is a prompt tuning."""
     if prompt_tuning.TABLE in params:
         return "PROMPT_TUNING"
@@ -68,7 +68,7 @@ def kind(params: Params) -> Kind | None:
     return "P_TUNING" if EMBEDDING in params else None
 
 
-def length(params: Params) -> int:
+def length(params: Mapping[str, Any]) -> int:
     """Positions that the soft prompt takes before the text; 0 without one."""
     return next((params[name].shape[0] for name in (*TABLES, EMBEDDING) if name in params), 0)
 
@@ -170,7 +170,7 @@ def insert(params: Params, prompt: SoftPrompt) -> dict[str, Any]:
     return base | {name: prompt.table}
 
 
-def bare(params: Params) -> dict[str, Any]:
+def bare(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters without a soft prompt, if they carry one."""
     return {name: w for name, w in params.items() if name not in TABLES and not name.startswith(ENCODER)}
 

@@ -25,7 +25,6 @@ from minift.io.errors import FormatError
 from minift.nn.dropout import fold_in
 from minift.nn.weight import Arrays, Params, replace, trainable
 from minift.optim.adamw8bit import zero_moments
-from minift.optim.paged import PagedAdamW
 from minift.optim.schedules import Schedule, learning_rate
 from minift.train import checkpoint
 from minift.train.allocator import keep_freed_memory
@@ -236,7 +235,7 @@ def run(
         interrupted = done < settings.steps
         save()
     learned = best if settings.keep_best and best and not interrupted else engine.fetch(arrays)
-    paging = optimizer.pager.counts if isinstance(optimizer, PagedAdamW) else {}
+    paging = optimizer.pager.counts if hasattr(optimizer, "pager") else {}
     return Result(replace(params, learned), log.records, optimizer.nbytes, interrupted, paging)
 
 

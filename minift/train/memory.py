@@ -22,9 +22,12 @@ import numpy as np
 from minift.models import llama
 from minift.nn.attention import TILE
 from minift.nn.losses import ROWS
+from minift.optim.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
 from minift.peft.lora import trainable_parameters
 from minift.peft.targets import NOT_LINEAR, targets
+from minift.quant.blockwise import block_count
 from minift.quant.double_quant import overhead_bits
+from minift.train.engine import Optimizer
 from minift.train.methods import Method
 
 
@@ -80,16 +83,20 @@ def bill(
     weight_bits: int = 32,
     compute_bits: int | None = None,
     recompute: bool = False,
+    optimizer: Optimizer = "adamw",
+    page_budget: int = 1_000_000,
 ) -> list[Item]:
     """What training a model of these sizes needs, item by item.
 
     `weight_bits` is the precision of frozen weights that are not quantized, `compute_bits` (the same unless given) that
-    of activations, of weights that learn and of their gradients: 16 and 32 is `minift finetune --dtype bfloat16`. The
-    optimizer's two moments are 32-bit, and so are adapters. ValueError for a target that is no linear layer."""
+    of activations, of weights that learn and of their gradients: 16 and 32 is `minift finetune --dtype bfloat16`.
+    Adapters are 32-bit. The optimizer's two moments are those of `optimizer`; in pages, `page_budget` bytes of them at
+    most. ValueError for a target that is no linear layer of the model."""
     shapes = llama.shapes(config)
     linear = {n: s for n, s in shapes.items() if len(s) == 2 and _module(n) not in NOT_LINEAR}
     total, in_linear = _count(shapes), _count(linear)
-    learned = _learned(method, config, shapes, r, target_modules)
+    sizes = _learned(method, config, shapes, r, target_modules)
+    learned = sum(sizes)
     width, computed = weight_bits / 8, (weight_bits if compute_bits is None else compute_bits) / 8
 
     items = []
@@ -110,7 +117,7 @@ def bill(
     if method in ("lora", "qlora"):
         items.append(_item("adapters", learned, 4, f"r = {r}: r (in + out) each"))
     items.append(_item("gradients", learned, 4 if method in ("lora", "qlora") else computed))
-    items.append(_item("optimizer state", learned, 8, "two moments of 32 bits"))
+    items.append(_moments(sizes, optimizer, page_budget))
     kept = activations(config, batch_size, seq_len, recompute)
     how = ", recomputed" if recompute else ""
     items.append(_item("activations", kept, computed, f"{batch_size} × {seq_len} tokens{how}"))
@@ -158,13 +165,28 @@ def lora_paper() -> list[dict[str, Any]]:
     return rows
 
 
-def _learned(method, config, shapes, r, target_modules) -> int:
+def _learned(method, config, shapes, r, target_modules) -> list[int]:
+    """The numbers of each array that learns."""
     if method == "full":
-        return _count(shapes)
+        return [math.prod(shape) for shape in shapes.values()]
     if method == "head":
-        return config.vocab_size * config.hidden_size
+        return [config.vocab_size * config.hidden_size]
     weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # shapes without bytes
-    return sum(trainable_parameters(shapes[n][0], shapes[n][1], r) for n in targets(weights, target_modules))
+    return [r * width for name in targets(weights, target_modules) for width in reversed(shapes[name])]  # A, then B
+
+
+def _moments(sizes: list[int], optimizer: Optimizer, page_budget: int) -> Item:
+    if optimizer == "adamw":
+        return _item("optimizer state", sum(sizes), 8, "two moments of 32 bits")
+    small = sum(n for n in sizes if n < MIN_8BIT_SIZE)
+    large = [n for n in sizes if n >= MIN_8BIT_SIZE]
+    blocks = sum(block_count(n, BLOCK_SIZE) for n in large)
+    total = 2 * sum(large) + 8 * blocks + 8 * small
+    note = f"{sum(large):,} · 2 bytes, {blocks:,} blocks · 8"
+    note += f", {small:,} · 8 in small arrays" if small else ""
+    if optimizer == "adamw8bit":
+        return Item("optimizer state", total, note)
+    return Item("optimizer state", min(total, page_budget), f"at most {page_budget:,} of {total:,} bytes ({note})")
 
 
 def _module(name: str) -> str:

@@ -435,13 +435,26 @@ def test_out_holds_what_json_prints(call, tmp_path, arguments):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("head", []), ("full", []), ("lora", ["--target-modules", "self_attn.q_proj", "model.layers.0.mlp.up_proj"])],
+    [
+        ("head", ["--optimizer", "adamw8bit"]),
+        ("full", []),
+        ("lora", ["--target-modules", "self_attn.q_proj", "model.layers.0.mlp.up_proj"]),
+    ],
 )
 def test_the_bill_is_what_finetune_says(call, tmp_path, method, options):
     """Tied embeddings come apart when the head alone learns; target modules have the same forms in both commands."""
     bill = call("memory", "--model", "tiny", "--method", method, "--weight-bits", "32", *options, "--json")[1]
     run = call("finetune", "--method", method, *QUICK, *options, "--out", tmp_path / "run")[1]
     assert (bill["weights"], bill["optimizer_state"]) == (run["weight_bytes"], run["optimizer_bytes"])
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "memory"])
+def test_a_budget_below_a_page_is_refused_before_anything_is_loaded(call, tmp_path, command):
+    options = ["--optimizer", "paged-adamw8bit", "--page-budget", "33279", "--out", tmp_path / "run"]
+    missing = ["--model", tmp_path / "nothing"] if command != "pretrain" else []
+    status, _, captured = call(command, *options, *missing)
+    assert status != 0 and "--page-budget 33,279: a page takes up to 33,280 bytes" in captured.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_memory_of_the_lora_paper(call):

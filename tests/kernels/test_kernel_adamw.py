@@ -28,7 +28,7 @@ DTYPES = {
 CPU = torch.device("cpu")
 SINGLE, IN_PLACE, OPTIMIZER, CLIPPING = OPERATIONS
 SETTINGS = operations.settings(Step(()))
-NUMBERS = adamw._numbers(*SETTINGS)
+NUMBERS = adamw.scalars(*SETTINGS)
 
 
 def wrong(name, what):
@@ -60,7 +60,7 @@ def optimizer_with(what="right"):
         def update(self, arrays, gradients, learning_rate):
             for name, a in arrays.items():
                 for moments in (self.inner.m, self.inner.v):
-                    moments.setdefault(name, adamw._moment_of(torch.from_numpy(a)))
+                    moments.setdefault(name, adamw.zero_moment(torch.from_numpy(a)))
             written = [*map(torch.from_numpy, arrays.values()), *self.inner.m.values(), *self.inner.v.values()]
             places = [Watched(t, write=True, read=True) for t in written]
             places += [Watched(torch.from_numpy(g)) for g in gradients.values()]
@@ -337,7 +337,7 @@ def test_one_launch_for_each_pair_of_types(aligned):
         optimizer.update(arrays, gradients, 0.03, backend="interpreter")
     assert [launch.options["ALIGNED"] for launch in launches] == [aligned, aligned]
     for name, theta in expected.items():
-        moments = adamw._moment_of(theta), adamw._moment_of(theta)
+        moments = adamw.zero_moment(theta), adamw.zero_moment(theta)
         rest = 1, 0.03, 0.8, 0.95, 1e-3, 0.3 if theta.dim() >= 2 else 0.0
         adamw.adamw_2(theta, gradients[name], *moments, *rest, backend="interpreter")
         assert torch.equal(arrays[name], theta) and torch.equal(optimizer.m[name], moments[0])

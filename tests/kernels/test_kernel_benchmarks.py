@@ -23,7 +23,7 @@ from torch.nn.attention import flex_attention as flex
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
 SMALL = {
-    "adamw": {"LAYERS": 1, "WIDTH": 16, "INNER": 24, "RANK": 2, "STEPS": 2, "DTYPES": (torch.float32, torch.float16)},
+    "adamw": {"LAYERS": 1, "WIDTH": 64, "INNER": 72, "RANK": 2, "STEPS": 2, "DTYPES": (torch.float32, torch.float16)},
     "attention": {"SHAPES": ((2, 4, 2, 40, 16),)},
     "blockwise": {"SHAPES": ((3, 200),), "DTYPES": (torch.float16, torch.float32)},
     "lora": {"SHAPES": ((64, 128),), "ROWS": (3,)},

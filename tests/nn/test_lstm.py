@@ -7,10 +7,9 @@ import wrong_lstm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minift.conformance.ball import Ball
 from minift.conformance.gradients import check_vjp
+from minift.conformance.operations import lstm as operations
 from minift.nn import lstm
-from minift.nn.linear import rows
 from nn import checks
 
 # (seed, batch, tokens, d_in, d, size of the numbers)
@@ -29,51 +28,7 @@ def make(case):
     return [x, *weights(rng, d_in, d, size)], dy, rng
 
 
-def beside(*balls, axis=-1):
-    value, radius = (np.concatenate([getattr(b, part) for b in balls], axis) for part in ("value", "radius"))
-    return Ball(value, balls[0].dtype, radius)
-
-
-def oracle(dtype, dy, x, W_ih, W_hh, b_ih, b_hh):
-    """Equations (1) to (6), a step after the other: each sum is one product of balls, so it may have any order."""
-
-    def ball(value):
-        return Ball(value, dtype)
-
-    def sigma(a):
-        return (a * 0.5).tanh() * 0.5 + 0.5
-
-    batch, tokens, d = dy.shape
-    ones = ball(np.ones((batch, 1)))
-    W = ball(np.concatenate([W_ih, W_hh, b_ih[:, None], b_hh[:, None]], axis=1))
-    h = c = ball(np.zeros((batch, d)))
-    kept, hs = [], [h]
-    for t in range(tokens):
-        a = beside(ball(x[:, t]), h, ones, ones) @ W.T
-        i, f, g, o = (a[:, n * d : (n + 1) * d] for n in range(4))
-        i, f, g, o, before = sigma(i), sigma(f), g.tanh(), sigma(o), c
-        c = f * c + i * g
-        h = o * c.tanh()
-        kept.append((i, f, g, o, before, c.tanh()))
-        hs.append(h)
-    dh = dc = ball(np.zeros((batch, d)))
-    das = []
-    for t in reversed(range(tokens)):
-        i, f, g, o, before, shown = kept[t]
-        dh = ball(dy[:, t]) + dh
-        dc = dc + dh * o * (1 - shown * shown)
-        parts = dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * shown * o * (1 - o)
-        das.insert(0, beside(*parts))
-        dc, dh = dc * f, das[0] @ ball(W_hh)
-
-    def together(parts, width):  # (T, B, ·) as rows
-        return beside(*parts, axis=0) if parts else ball(np.zeros((0, width)))
-
-    da, inputs = together(das, 4 * d), ball(rows(x.swapaxes(0, 1)))
-    dx = (da @ ball(W_ih)).reshape(tokens, batch, x.shape[2]).swapaxes(0, 1)
-    db = (da.T @ ball(np.ones((tokens * batch, 1))))[:, 0]
-    y = together(hs[1:], d).reshape(tokens, batch, d).swapaxes(0, 1)
-    return y, dx, da.T @ inputs, da.T @ together(hs[:-1], d), db, db
+oracle = checks.in_dtype(operations.oracle)
 
 
 # --- a layer: op(x, W_ih, W_hh, b_ih, b_hh) ---------------------------------------------------------------------------

@@ -7,6 +7,10 @@ import pytest
 
 from minift.data.batches import Batch
 from minift.models import llama
+from minift.nn.weight import trainable
+from minift.optim.adamw8bit import AdamW8bit
+from minift.optim.paged import LARGEST_PAGE, PagedAdamW
+from minift.optim.pager import Pager
 from minift.quant.sixteen import store
 from minift.train import memory, sft
 from minift.train.methods import prepare
@@ -57,6 +61,32 @@ def test_weights_adapters_and_gradients_are_billed_exactly(method):
         assert 0 < held - sum(billed.get(kind, 0) for kind in kinds) < 8 * 7 * WIDE.num_hidden_layers
     else:
         assert billed["weights"] == held
+
+
+@pytest.mark.parametrize("method", ["full", "head", "lora"])
+def test_moments_in_8_bits_are_billed_exactly(method):
+    """Of arrays with 4,096 numbers or more; in pages, no more than the budget."""
+    rng, options = np.random.default_rng(0), {"r": 24, "target_modules": ["k_proj", "up_proj"]}
+    params, _ = prepare(method, llama.initialize(WIDE, rng), WIDE, rng=rng, **options)
+    optimizer, learned = AdamW8bit(), trainable(params)
+    assert len({array.size < 4096 for array in learned.values()}) == (1 if method == "head" else 2)
+    optimizer.update({n: a.copy() for n, a in learned.items()}, learned, 0.1)
+    state = {
+        (kind, budget): bytes_of(memory.bill(WIDE, method, optimizer=kind, page_budget=budget, **options))[
+            "optimizer state"
+        ]
+        for kind in ("adamw8bit", "paged-adamw8bit")
+        for budget in (40_000, 10**9)
+    }
+    assert state["adamw8bit", 40_000] == state["paged-adamw8bit", 10**9] == optimizer.nbytes
+    assert state["paged-adamw8bit", 40_000] == 40_000
+
+
+def test_the_largest_page_is_that_of_a_long_parameter():
+    pager = Pager(10**6)
+    PagedAdamW(AdamW8bit(), pager).update({"w": np.ones(20_000)}, {"w": np.ones(20_000)}, 0.1)
+    PagedAdamW(AdamW8bit(), small := Pager(10**6)).update({"w": np.ones(4095, "f")}, {"w": np.ones(4095, "f")}, 0.1)
+    assert pager.peek(0).size == LARGEST_PAGE > small.nbytes
 
 
 def test_sixteen_bits_halve_what_is_not_quantized():

@@ -153,7 +153,28 @@ def test_settings_that_do_not_exist_are_refused():
         run("paged-adamw8bit", settings=dataclasses.replace(SETTINGS, page_budget=100))
 
 
-def test_torch_says_what_it_does_not_have():
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_another_engine_goes_on_with_the_checkpoint(tmp_path, optimizer):
+    """From NumPy to torch and back: the files have the same layout, and the losses are those of one engine."""
     engine = pytest.importorskip("minift_kernels.train.engine", reason="needs torch").on("cpu")
-    with pytest.raises(ValueError, match="--optimizer adamw8bit: has no form for torch tensors yet; use --device cpu"):
-        run("adamw8bit", engine=engine)
+    twin = pytest.importorskip("minift_kernels.train.sft", reason="needs torch")
+
+    def in_torch(killed_at=None, **options):
+        def report(record):
+            if record["step"] == killed_at and "loss" in record:
+                raise Killed
+
+        settings = dataclasses.replace(SETTINGS, optimizer=optimizer)
+        loss = lambda p, b, n, key: twin.loss(p, b, CONFIG, n)  # noqa: E731
+        return fit(ARRAYS, loss, batches, settings, report=report, engine=engine, **options)
+
+    whole = run(optimizer, folder=tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(optimizer, 5, folder=tmp_path / "cut")
+    with pytest.raises(Killed):
+        in_torch(8, folder=tmp_path / "cut", resume=True)
+    assert raw(tmp_path / "cut").keys() == raw(tmp_path / "whole").keys()
+    resumed = run(optimizer, folder=tmp_path / "cut", resume=True)
+    assert resumed.optimizer_bytes == whole.optimizer_bytes
+    losses = [[r["loss"] for r in result.records if "loss" in r] for result in (whole, resumed)]
+    assert np.abs(np.subtract(*losses)).max() <= 1e-5 * losses[0][0]

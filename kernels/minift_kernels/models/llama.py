@@ -33,6 +33,7 @@ from minift_kernels.nn.mlp import swiglu
 from minift_kernels.nn.norms import rms_norm
 from minift_kernels.nn.rope import frequencies, rope, rotations
 from minift_kernels.nn.weight import Frozen, Params, dense
+from minift_kernels.peft import soft_prompt
 
 __all__ = ["EMBEDDING", "HEAD", "LINEAR_MODULES", "Config", "backbone", "block", "forward", "fuse", "generate"]
 __all__ += ["head_name", "stream"]
@@ -115,7 +116,8 @@ def backbone(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "batch tokens d"]:
-    """The model without its head: tokens, or embeddings such as a soft prompt, to hidden states.
+    """The model without its head: tokens, or embeddings, to hidden states. A soft prompt among the parameters
+    (`minift_kernels.peft.soft_prompt`) stands before every text; hidden states are the text's.
 
     The options are the reference's. `recompute` keeps each block's input only and runs it again in the backward pass,
     with the same dropout, which has no state. `dtype` is the type of the activations, by default that of the
@@ -129,6 +131,17 @@ def backbone(
         raise ValueError(f"the input has shape {tuple(inputs.shape)}, needed {needed} with at least one token")
     x = embedding(inputs, params[EMBEDDING]) if from_tokens else inputs  # (B, T, d)
     x = x if dtype is None else x.to(dtype)
+    x, lengths, prefix = soft_prompt.prepend(
+        params,
+        x,
+        config.num_key_value_heads,
+        config.head_dim,
+        lengths=lengths,
+        segments=segments,
+        prefix=prefix,
+        cache=cache,
+    )
+    ahead = x.shape[1] - inputs.shape[1]  # positions of a soft prompt, which predict nothing
     layout = _layout(x, config, segments, prefix, cache, backend)
     for layer in range(config.num_hidden_layers):
         rest = layout, config, layer, None if prefix is None else prefix[layer], cache, dropout_key
@@ -139,7 +152,7 @@ def backbone(
     hidden = rms_norm(x, params["model.norm.weight"], config.rms_norm_eps, backend=backend)
     if cache is not None:
         cache.advance(torch.full((len(x),), x.shape[1]) if lengths is None else lengths)
-    return hidden
+    return hidden[:, ahead:]
 
 
 def forward(
@@ -182,13 +195,15 @@ def stream(
 
     Tokens are chosen on the host, from logits in float32, by the reference's code: with the same `rng` they differ
     only where two logits are closer than their rounding."""
-    before = 0 if prefix is None else prefix.shape[3]
+    before = soft_prompt.length(params) if prefix is None else prefix.shape[3]
     capacity = before + tokens.shape[1] + max_new_tokens
     gain = dense(params["model.norm.weight"])
     shape = config.num_hidden_layers, len(tokens), config.num_key_value_heads, capacity, config.head_dim
     dtype = dense(params[EMBEDDING]).dtype
     cache = KVCache(*shape, dtype, device=gain.device)
     if prefix is not None:
+        if soft_prompt.length(params):
+            raise ValueError("a prefix, and a soft prompt in the parameters: needed one of the two")
         cache.put_prefix(prefix)
 
     def next_logits(text, lengths):

@@ -74,13 +74,13 @@ def adamw_2(
 
     ValueError for θ, m or v in another memory order, for shapes that differ, and for moments of another type than
     float32 (float64 for float64 parameters, which no kernel takes)."""
-    how = _checked("theta", theta, gradient, (m, v), backend)
+    how = checked("theta", theta, gradient, (m, v), backend)
     settings = step, learning_rate, beta1, beta2, eps, weight_decay
     if how == "torch":
         for old, new in zip((theta, m, v), adamw_1(theta, gradient, m, v, *settings), strict=True):
             old.copy_(new)
         return
-    _step_one(theta, m, v, gradient, _numbers(*settings), how)
+    _step_one(theta, m, v, gradient, scalars(*settings), how)
     torch.autograd.graph.increment_version((theta, m, v))
 
 
@@ -103,16 +103,15 @@ class AdamW:
         """One step on every tensor, in place: the bits of `adamw_2` for each, in one launch for each pair of types of
         parameter and gradient. KeyError where a gradient has no tensor or a tensor no gradient; ValueError as
         `adamw_2`. Nothing has moved then."""
-        if arrays.keys() != gradients.keys():
-            raise KeyError(f"arrays and gradients differ in {sorted(arrays.keys() ^ gradients.keys())[:3]}")
+        check_names(arrays, gradients)
         groups: dict[tuple, list[str]] = {}  # what one launch can take
         for name, theta in arrays.items():
             moments = [state[name] for state in (self.m, self.v) if name in state]
-            how = _checked(name, theta, gradients[name], moments, backend)
+            how = checked(name, theta, gradients[name], moments, backend)
             groups.setdefault((how, theta.device, theta.dtype, gradients[name].dtype), []).append(name)
         self.step += 1
         for state in (self.m, self.v):
-            state.update({name: _moment_of(theta) for name, theta in arrays.items() if name not in state})
+            state.update({name: zero_moment(theta) for name, theta in arrays.items() if name not in state})
         betas = self.beta1, self.beta2, self.eps
         for (how, *_), names in groups.items():
             lists = [[tensors[name] for name in names] for tensors in (arrays, self.m, self.v, gradients)]
@@ -121,12 +120,18 @@ class AdamW:
                     decay = self.weight_decay if theta.dim() >= 2 else 0.0
                     adamw_2(theta, gradient, m, v, self.step, learning_rate, *betas, decay, backend=how)
                 continue
-            _step_all(*lists, _numbers(self.step, learning_rate, *betas, self.weight_decay), how)
+            _step_all(*lists, scalars(self.step, learning_rate, *betas, self.weight_decay), how)
             torch.autograd.graph.increment_version([t for tensors in lists[:3] for t in tensors])
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for moments in (self.m, self.v) for a in moments.values())
+
+
+def check_names(arrays: Tensors, gradients: Tensors) -> None:
+    """KeyError where a gradient has no tensor or a tensor no gradient."""
+    if arrays.keys() != gradients.keys():
+        raise KeyError(f"arrays and gradients differ in {sorted(arrays.keys() ^ gradients.keys())[:3]}")
 
 
 def clip_by_global_norm(gradients: Tensors, max_norm: float, *, backend: str | None = None) -> tuple[Tensors, float]:
@@ -161,13 +166,13 @@ def _sums_of_squares(gradients: Tensors, backend: str | None) -> list[Tensor]:
     ]
 
 
-def _moment_of(theta: Tensor) -> Tensor:
+def zero_moment(theta: Tensor) -> Tensor:
     """Zeros for one moment of a parameter."""
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
     return torch.zeros_like(theta, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
 
 
-def _checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str | None) -> str:
+def checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str | None) -> str:
     """The backend for this step; ValueError unless everything fits."""
     if not all(a.is_contiguous() for a in (theta, *moments)):
         raise ValueError(f"AdamW writes into {name} and its moments: needed contiguous tensors, see Tensor.contiguous")
@@ -189,7 +194,7 @@ def _checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str |
 # In Triton: one tensor, or a table of addresses for all.
 
 
-def _numbers(step, learning_rate, beta1, beta2, eps, weight_decay) -> list[float]:
+def scalars(step, learning_rate, beta1, beta2, eps, weight_decay) -> list[float]:
     """What the kernels are given, in their order, computed in float64."""
     corrections = 1 - beta1**step, 1 - beta2**step
     return [1 - learning_rate * weight_decay, learning_rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections]
@@ -215,7 +220,8 @@ def update_launch(
 
     What it writes is not among its arguments, which are addresses: the caller keeps the tensors."""
     kernels = backends.load(KERNELS, backend)
-    table, tiles, aligned = _addresses([thetas, gradients, ms, vs], kernels.TILE)
+    decays = [theta.dim() >= 2 for theta in thetas]
+    table, tiles, aligned = addresses([thetas, gradients, ms, vs], decays, kernels.TILE)
     options = {
         "THETA": kernels.TYPES[str(thetas[0].dtype).removeprefix("torch.")],
         "GRADIENT": kernels.TYPES[str(gradients[0].dtype).removeprefix("torch.")],
@@ -231,7 +237,7 @@ def update_launch(
 def squares_launch(partials: Tensor, gradients: list[Tensor], backend: str) -> Launch:
     """Partial sums of squares, one for each tile of each gradient; these are contiguous and of one type."""
     kernels = backends.load(KERNELS, backend)
-    table, tiles, aligned = _addresses([gradients] * 4, kernels.SQUARES_TILE)
+    table, tiles, aligned = addresses([gradients] * 4, [False] * len(gradients), kernels.SQUARES_TILE)
     options = {
         "GRADIENT": kernels.TYPES[str(gradients[0].dtype).removeprefix("torch.")],
         "ALIGNED": aligned,
@@ -244,13 +250,16 @@ def squares_launch(partials: Tensor, gradients: list[Tensor], backend: str) -> L
     return Launch(kernels.squares, (len(tiles),), (partials, table, tiles), options)
 
 
-def _addresses(columns: list[list[Tensor]], tile: int) -> tuple[Tensor, Tensor, bool]:
-    """`table` and `tiles` of `adamw_kernels`, on the tensors' device, and whether 16 divides every address."""
+def addresses(columns: list[list[Tensor]], decays: list[bool], tile: int) -> tuple[Tensor, Tensor, bool]:
+    """`table` and `tiles` of `adamw_kernels`, on the tensors' device, and whether 16 divides every address.
+
+    A row holds the addresses of one tensor of each column, how many elements that of the first has, and whether it
+    decays."""
     first = columns[0]
     rows = [
-        [*(t.data_ptr() for t in row), row[0].numel(), int(row[0].dim() >= 2)] for row in zip(*columns, strict=True)
+        [*(t.data_ptr() for t in row), row[0].numel(), int(decay)] for *row, decay in zip(*columns, decays, strict=True)
     ]
-    aligned = all(address % 16 == 0 for row in rows for address in row[:4])
+    aligned = all(address % 16 == 0 for row in rows for address in row[:-2])
     table = torch.tensor(rows, dtype=torch.int64)
     if first[0].is_cuda:
         table = table.pin_memory()  # so that the copy does not wait for the GPU

@@ -176,6 +176,38 @@ def _step(module: ModuleType, place: Place) -> Callable | None:
     return step and torch_functions.on_tensors(step, place.device, (0, 1) if place.dtype else ())
 
 
+def _step_8bit(name: str) -> Callable[[ModuleType, Place], Callable | None]:
+    """Codes and scales become block-wise tensors over the two dynamic maps."""
+
+    def adapted(module: ModuleType, place: Place) -> Callable | None:
+        step = place.function(getattr(module, name))
+
+        def f(theta, gradient, *rest):
+            result = step(theta, gradient, *moments_8bit(theta, *rest[:5]), *rest[5:])
+            return result and (result[0], *(part for q in result[1:] for part in (q.codes, q.absmax)))
+
+        return step and torch_functions.on_tensors(f, place.device, (0, 1) if place.dtype else ())
+
+    return adapted
+
+
+def moments_8bit(theta: Any, m_codes: Any, m_absmax: Any, v_codes: Any, v_absmax: Any, block_size: int) -> tuple:
+    """m and v of tensors that they share."""
+    from minift_kernels.quant import codebooks
+    from minift_kernels.quant.blockwise import BlockwiseTensor
+
+    parts = (m_codes, m_absmax, codebooks.DYNAMIC), (v_codes, v_absmax, codebooks.DYNAMIC_UNSIGNED)
+    return tuple(
+        BlockwiseTensor(codes, absmax, codebooks.on_device(code, theta.device), tuple(theta.shape), block_size)
+        for codes, absmax, code in parts
+    )
+
+
+def _both_directions(module: ModuleType, place: Place) -> Callable | None:
+    layers = place.function(module.bidirectional_lstm)
+    return place.differentiable(layers and (lambda x, *eight: layers(x, eight[:4], eight[4:])))
+
+
 def _batched(module: ModuleType, place: Place) -> Callable | None:
     forward = place.function(module.forward)
 
@@ -196,7 +228,10 @@ ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
     "adamw.adamw_2": _step_in_place,
     "adamw.AdamW": _optimizer,
     "adamw.clip_by_global_norm": _clip,
+    "adamw8bit.adamw8bit_1": _step_8bit("adamw8bit_1"),
+    "adamw8bit.adamw8bit_2": _step_8bit("adamw8bit_2"),
     "batched.forward": _batched,
+    "lstm.bidirectional_lstm": _both_directions,
     "nf4.dequantize": _nf4_dequantize,
     "blockwise.quantize": _blockwise_quantize,
     "blockwise.dequantize": _blockwise_dequantize,
