@@ -21,7 +21,7 @@ from minift.conformance.implementations.quiet import absent
 from minift.conformance.operation import Implementation, Operation
 from minift.conformance.operations import every
 
-FOLDERS = ("nn", "quant", "peft", "optim", "models")
+FOLDERS = ("nn", "quant", "peft", "optim", "models", "rlhf")
 DTYPES = {
     "torch": ("float32", "float16", "float64"),
     "interpreter": ("float32", "float16"),
