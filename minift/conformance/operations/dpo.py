@@ -56,9 +56,9 @@ def oracle(case: Preferred) -> tuple[Ball, Ball]:
         each, slope = error * error, 2 * error
     else:
         z = h * beta
-        each = (-z).softplus() * (1 - eps) + (-z).softplus() * eps + z * eps  # wider than softplus(z)
-        exact = np.logaddexp(0, -z.value) * (1 - eps) + np.logaddexp(0, z.value) * eps
-        each = Ball(exact, type_, each.radius if eps else ((-z).softplus() * 1.0).radius)
+        each = (-z).softplus() * (1 - eps)
+        if eps:
+            each = each + ((-z).softplus() + z) * eps  # is softplus(z), and wider
         slope = (z.sigmoid() * eps - (-z).sigmoid() * (1 - eps)) * beta
     return (each.sum() / n).reshape(), slope * (Ball(dloss, type_) / n)
 
