@@ -54,7 +54,8 @@ def test_a_round_is_the_references(kind, settings, rng):
     order = np.array([2, 0])
     taken = found.take(order).cut(int(batch.lengths[order].max()))
     assert (taken.count, len(taken), list(taken.lengths)) == (wanted.take(order).count, 2, list(batch.lengths[order]))
-    moved = dataclasses.replace(wanted, **{n: getattr(wanted, n) + 0.2 * rng.standard_normal(kl.shape)[:, None] for n in NAMES})
+    steps = {name: getattr(wanted, name) + 0.2 * rng.standard_normal(kl.shape)[:, None] for name in NAMES}
+    moved = dataclasses.replace(wanted, **steps)
     value, vjp = reference.loss(params, moved, small_policy.CONFIG, settings, 9.0)
     fixed = [torch.tensor(getattr(moved, name)) for name in NAMES]
     loss = actor_critic.loss(there, actor_critic.Rollouts(batch, *fixed), small_policy.CONFIG, settings, 9.0)

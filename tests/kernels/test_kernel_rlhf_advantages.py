@@ -1,4 +1,4 @@
-"""Advantages in torch and Triton: properties, guards, wrong versions, offsets, compilation; the rest as the reference."""
+"""Advantages in torch and Triton: properties, guards, wrong versions, offsets, compilation; the rest in torch."""
 
 import contextlib
 import functools

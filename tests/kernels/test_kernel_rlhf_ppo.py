@@ -1,4 +1,4 @@
-"""PPO's loss in torch and Triton: properties, guards, wrong versions, offsets, compilation; its parts as the reference."""
+"""PPO's loss in torch and Triton: properties, guards, wrong versions, offsets, compilation; its parts in torch."""
 
 import contextlib
 import functools

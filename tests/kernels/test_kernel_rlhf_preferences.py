@@ -77,7 +77,9 @@ def test_properties(name, how, small_tiles):
 def test_the_tile_that_ships(pairs):
     with guarded():
         known_pairs.is_within_its_bound(implementation("pairwise", "interpreter"), Compared(pairs, margin=True))
-        known_dpo.is_within_its_bound(implementation("preference", "interpreter"), Preferred(pairs, label_smoothing=0.1))
+        known_dpo.is_within_its_bound(
+            implementation("preference", "interpreter"), Preferred(pairs, label_smoothing=0.1)
+        )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

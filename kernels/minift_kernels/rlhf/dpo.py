@@ -24,7 +24,7 @@ from minift_kernels.models import llama
 from minift_kernels.nn.weight import Params
 from minift_kernels.peft import lora
 from minift_kernels.rlhf.logprobs import counts, on_device, sequence_log_probs
-from minift_kernels.rlhf.reward_model import KERNELS, _pairs, _softplus, new_outputs
+from minift_kernels.rlhf.reward_model import KERNELS, count_pairs, new_outputs, softplus
 
 
 def preference_loss(
@@ -50,7 +50,7 @@ def preference_loss(
     if loss_type not in get_args(LossType):
         raise ValueError(f"loss_type is {loss_type!r}, needed one of {get_args(LossType)}")
     how = backends.choose(backend, chosen_logps.device, chosen_logps.dtype)
-    n = _pairs(chosen_logps, normalizer)
+    n = count_pairs(chosen_logps, normalizer)
     fixed = ref_chosen_logps.detach(), ref_rejected_logps.detach()
     if how != "torch":
         ipo = loss_type == "ipo"
@@ -60,8 +60,8 @@ def preference_loss(
     if loss_type == "ipo":
         return (h - 1 / (2 * beta)).square().sum() / n
     z = beta * h
-    each = (1 - label_smoothing) * _softplus(-z)
-    return (each + label_smoothing * _softplus(z) if label_smoothing else each).sum() / n
+    each = (1 - label_smoothing) * softplus(-z)
+    return (each + label_smoothing * softplus(z) if label_smoothing else each).sum() / n
 
 
 def implicit_rewards(

@@ -1,4 +1,4 @@
-"""GRPO on torch tensors: the twin of `minift.rlhf.grpo`, where the equations are. Plain PyTorch: it shares PPO's parts."""
+"""GRPO on torch tensors: the twin of `minift.rlhf.grpo`, where the equations are. Plain PyTorch, of PPO's parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from minift_kernels.rlhf.ppo import clipped_objective
 
 
 @torch.no_grad()
-def group_advantages(
-    rewards: Float[Tensor, "prompts group"], *, scale: bool = True
-) -> Float[Tensor, "prompts group"]:
+def group_advantages(rewards: Float[Tensor, "prompts group"], *, scale: bool = True) -> Float[Tensor, "prompts group"]:
     """Â_i = (r_i − mean(r)) / (std(r) + 10⁻⁴), without its divisor where `scale` is False; exactly 0 for equal rewards.
 
     std is that of a sample, with 1/(G − 1). ValueError for a group of one, which has no baseline."""

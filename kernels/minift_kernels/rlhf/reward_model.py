@@ -107,7 +107,7 @@ def ranking_loss_2(
     better = ranks[:, :, None] < ranks[:, None, :]  # (N, K, K)
     pairs = better.sum(dim=(1, 2), keepdim=True).clamp(min=1)
     d = wide[:, :, None] - wide[:, None, :]
-    return (better / pairs.to(wide.dtype) / n * _softplus(-d)).sum()
+    return (better / pairs.to(wide.dtype) / n * softplus(-d)).sum()
 
 
 def centering(
@@ -115,7 +115,7 @@ def centering(
 ) -> Float[Tensor, ""]:
     """(1/P) Σ (r_w + r_l)², to be added with a small factor: it holds the zero that the pairwise loss leaves free."""
     both = backends.widened(chosen) + backends.widened(rejected)
-    return (both * both).sum() / _pairs(chosen, normalizer)
+    return (both * both).sum() / count_pairs(chosen, normalizer)
 
 
 def loss(
@@ -147,19 +147,19 @@ def _centered_loss(
     margin = None if margin is None else margin.detach()
     if how != "torch":
         total, _, _ = _pairwise(chosen, rejected, margin, center, how)
-        return total / _pairs(chosen, normalizer)
+        return total / count_pairs(chosen, normalizer)
     d = backends.widened(chosen) - backends.widened(rejected)
     d = d if margin is None else d - margin
-    value = _softplus(-d).sum() / _pairs(chosen, normalizer)
+    value = softplus(-d).sum() / count_pairs(chosen, normalizer)
     return value + center * centering(chosen, rejected, normalizer) if center else value
 
 
-def _softplus(x: Tensor) -> Tensor:
+def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x) without PyTorch's threshold, beyond which its own returns x."""
     return -functional.logsigmoid(-x)
 
 
-def _pairs(chosen: Tensor, normalizer: float | None) -> float:
+def count_pairs(chosen: Tensor, normalizer: float | None) -> float:
     return float(max(len(chosen), 1)) if normalizer is None else normalizer
 
 

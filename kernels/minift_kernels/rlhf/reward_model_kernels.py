@@ -15,8 +15,8 @@ is decided: log(1 + e^−20) would be the logarithm of a number that has lost e^
 out less than 3 parts in 10⁹; Triton itself has no log1p.
 
 There are as many pairs as a batch has, hundreds: what a kernel saves here are launches, about ten of them. Slopes are
-those of the sum, in float32; the backward pass multiplies them by dloss / P. No atomics: a program writes the sum of its
-own pairs.
+those of the sum, in float32; the backward pass multiplies them by dloss / P. No atomics: a program writes the sum of
+its own pairs.
 """
 
 import triton

@@ -118,7 +118,7 @@ def what_does_not_count_is_not_seen(f, case):
 
 def episodes_are_on_their_own(f, case):
     """What happens behind a gap moves no bit of what was before it."""
-    rewards, values, mask, end = arrays(case)
+    rewards, values, mask, _ = arrays(case)
     if mask.size and case.kind == "episodes":
         expected = called(f, case, (rewards, values, mask, None))
         for row in range(len(mask)):

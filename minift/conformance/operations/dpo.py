@@ -143,9 +143,17 @@ FIXED = (
     Preferred(6, "normal", 0.2, 0.0, "ipo", 5.0, seed=3),
     Preferred(0),
     Preferred(37, "normal", 0.05, 0.1),
-    *(Preferred(9, kind, 0.3, 0.1, loss_type, 12.0, "float16", 5) for kind in KINDS for loss_type in ("sigmoid", "ipo")),
+    *(
+        Preferred(9, kind, 0.3, 0.1, loss_type, 12.0, "float16", 5)
+        for kind in KINDS
+        for loss_type in ("sigmoid", "ipo")
+    ),
     *(Preferred(9, kind, 0.3, 0.1, "sigmoid", 12.0, "bfloat16", 5) for kind in KINDS),
-    *(Preferred(8, kind, 0.4, 0.2, loss_type, None, "float64", 6) for kind in KINDS for loss_type in ("sigmoid", "ipo")),
+    *(
+        Preferred(8, kind, 0.4, 0.2, loss_type, None, "float64", 6)
+        for kind in KINDS
+        for loss_type in ("sigmoid", "ipo")
+    ),
 )
 
 OPERATIONS = (

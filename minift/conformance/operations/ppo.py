@@ -105,7 +105,9 @@ NAMES = "dlogp", "dentropy", "dvalues"
 
 def called(f, case, given=None, mask=None):
     arguments, own_mask, _ = arrays(case)
-    return f(*(arguments if given is None else given), own_mask if mask is None else mask, case.settings, case.normalizer)
+    return f(
+        *(arguments if given is None else given), own_mask if mask is None else mask, case.settings, case.normalizer
+    )
 
 
 def is_within_its_bound(f, case, layout=np.asarray):
@@ -209,8 +211,11 @@ FIXED = (
     Minibatch((2, 21), "full", 0.5, 0.1, 40.0, seed=2),
     Minibatch((0, 5), "full"),
     Minibatch((2, 3), "none"),
-    *(Minibatch((3, 9), kind, 0.2, clip, 30.0, dtype, 5)
-      for kind, clip in (("answers", 0.3), ("full", None)) for dtype in ("float16", "bfloat16")),
+    *(
+        Minibatch((3, 9), kind, 0.2, clip, 30.0, dtype, 5)
+        for kind, clip in (("answers", 0.3), ("full", None))
+        for dtype in ("float16", "bfloat16")
+    ),
     *(Minibatch((2, 11), kind, 0.2, clip, None, "float64", 6) for kind in KINDS for clip in (None, 0.3)),
 )
 

@@ -32,8 +32,10 @@ def arrays(case: Compared) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, n
     """Chosen and rejected rewards, the margin or None, and dloss."""
     rng = np.random.default_rng(case.seed)
     chosen, rejected = rng.standard_normal((2, case.pairs))
-    if case.kind in ("decided", "hopeless"):
-        chosen += (1 if case.kind == "decided" else -1) * rng.uniform(10, 60, case.pairs)
+    if case.kind == "decided":
+        chosen += rng.uniform(10, 70, case.pairs)
+    elif case.kind == "hopeless":
+        chosen -= rng.uniform(10, 110, case.pairs)  # e^89 is infinite in float32
     elif case.kind == "ties":
         chosen = rejected
     elif case.kind == "far":
@@ -154,8 +156,11 @@ FIXED = (
     Compared(1, "far"),
     Compared(0),
     Compared(37, "far", True, 40.0),
-    *(Compared(9, kind, margin, 12.0, dtype, 5)
-      for kind in KINDS for margin, dtype in ((True, "float16"), (False, "bfloat16"))),
+    *(
+        Compared(9, kind, margin, 12.0, dtype, 5)
+        for kind in KINDS
+        for margin, dtype in ((True, "float16"), (False, "bfloat16"))
+    ),
     *(Compared(8, kind, margin, None, "float64", 6) for kind in KINDS for margin in (False, True)),
 )
 
