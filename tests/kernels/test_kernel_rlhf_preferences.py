@@ -1,4 +1,4 @@
-"""The pairwise loss and DPO's in torch and Triton: properties, guards, wrong versions, compilation; then whole models."""
+"""The pairwise loss and DPO's in torch and Triton: properties, guards, wrong versions, compilation; whole models."""
 
 import contextlib
 import functools
@@ -226,7 +226,7 @@ def test_refusals():
     x = torch.zeros(2)
     with pytest.raises(ValueError, match="beta is 0, needed a positive number"):
         dpo.preference_loss(x, x, x, x, 0)
-    with pytest.raises(ValueError, match="label_smoothing is 0.5, needed 0 <= label_smoothing < 0.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.5, needed 0 <= label_smoothing < 0\.5"):
         dpo.preference_loss(x, x, x, x, 0.1, 0.5)
     with pytest.raises(ValueError, match="loss_type is 'hinge', needed one of"):
         dpo.preference_loss(x, x, x, x, loss_type="hinge")

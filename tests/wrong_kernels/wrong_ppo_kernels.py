@@ -65,10 +65,7 @@ def minibatch(
         slope = tl.where(free >= clipped, -a, 0.0)
     if WRONG == "stopped on both sides":
         slope = tl.where(held == rho, free, 0.0)
-    if WRONG == "masked by a product":
-        slope = free * counts.to(tl.float32)
-    else:
-        slope = tl.where(counts, slope, 0.0)
+    slope = free * counts.to(tl.float32) if WRONG == "masked by a product" else tl.where(counts, slope, 0.0)
     tl.store(dlogp + i, slope, mask=inside)
     v = tl.load(values + i, mask=counts, other=0).to(tl.float32)
     r = tl.load(returns + i, mask=counts, other=0).to(tl.float32)

@@ -51,5 +51,6 @@ def loss(
     else:
         raise ValueError(f"aggregation is {aggregation!r}, needed one of {get_args(Aggregation)}")
     each = clipped_objective(logp, old_logp, advantages[:, None], mask, cliprange)
-    kl = kl_penalty(*(backends.widened(x).where(mask, 0) for x in (logp, ref_logp)), "k3")
+    new, ref = (backends.widened(x).where(mask, 0) for x in (logp, ref_logp))
+    kl = kl_penalty(new, ref, "k3")
     return (torch.where(mask, weight, 0).to(each.dtype) * (each + beta * kl)).sum()
