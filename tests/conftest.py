@@ -17,6 +17,7 @@ import typechecker
 NUMERIC = ["minift.nn", "minift.models", "minift.quant", "minift.peft", "minift.optim", "minift.rlhf"]
 NUMERIC += ["minift.data.batches"]
 NUMERIC += ["minift_kernels.quant", "minift_kernels.nn", "minift_kernels.peft", "minift_kernels.optim"]
+NUMERIC += ["minift_kernels.rlhf"]
 _hook = jaxtyping.install_import_hook(NUMERIC, f"{typechecker.__name__}.check")
 _hook.__enter__()
 

@@ -97,9 +97,13 @@ def of_mlp(dtype: torch.dtype) -> Launches:
 
 def of_losses(dtype: torch.dtype) -> Launches:
     logits, of_row, labels = empty(TOKENS, VOCAB, dtype=dtype), empty(TOKENS), integers(TOKENS)
-    yield "cross_entropy", losses.forward_launch((of_row, of_row, of_row), logits, labels, "triton")
-    statistics = of_row, labels, of_row, of_row
-    yield "cross_entropy, backward", losses.backward_launch(logits, logits, statistics, "triton")
+    given = of_row, labels, of_row, of_row
+    for name, temperature in (("cross_entropy", None), ("token_log_probs", 0.7)):
+        entropies, of_entropy = (of_row, (of_row, of_row)) if temperature else (of_row[:0], None)
+        statistics = of_row, entropies, of_row, of_row
+        yield name, losses.forward_launch(statistics, logits, labels, temperature, "triton")
+        backward = losses.backward_launch(logits, logits, given, of_entropy, temperature, "triton")
+        yield f"{name}, backward", backward
 
 
 def of_attention(dtype: torch.dtype) -> Launches:

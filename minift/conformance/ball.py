@@ -123,6 +123,20 @@ class Ball:
     def tanh(self) -> Ball:
         return self._rounded(np.tanh(self.value), self.radius, ELEMENTARY)  # its slope is at most 1
 
+    def softplus(self) -> Ball:
+        """log(1 + e^x): its slope is at most 1, and that of its logarithm too, so it moves by no more than e^r − 1 of
+        itself. In the form max(x, 0) + log1p(e^−|x|): two elementary functions and a sum."""
+        value = np.logaddexp(0, self.value)
+        moved = np.minimum(self.radius, value * np.expm1(np.minimum(self.radius, 1)))
+        return self._rounded(value, moved, 2 * ELEMENTARY + 1)
+
+    def sigmoid(self) -> Ball:
+        """1 / (1 + e^−x), which moves by no more than e^r − 1 of itself, as softplus does. It may be formed as
+        e^−softplus(−x), whose rounding of the exponent counts: softplus(−x) u."""
+        value = np.exp(-np.logaddexp(0, -self.value))
+        exponent = np.logaddexp(0, -self.value) * (2 * ELEMENTARY + 1) * (unit_roundoff(self.dtype) + 2.0**-53)
+        return self._rounded(value, value * np.expm1(self.radius + exponent), 2 * ELEMENTARY + QUOTIENT)
+
     def where(self, mask: np.ndarray) -> Ball:
         """Exactly 0 outside the mask."""
         return self._exact(lambda x: np.where(mask, x, 0.0))

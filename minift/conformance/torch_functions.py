@@ -46,7 +46,8 @@ def array(x: Any) -> Any:
 def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -> Callable:
     """`f(*tensors) -> tensor` as a function of arrays that returns `y, vjp`; a frozen argument's cotangent is None.
 
-    `dtype` "bfloat16" converts floating arrays on the way in and out; by default tensors have the arrays' types."""
+    Of several results, a tuple, the cotangents may be left out or None. `dtype` "bfloat16" converts floating arrays on
+    the way in and out; by default tensors have the arrays' types."""
 
     def function(*args):
         import torch
@@ -55,9 +56,11 @@ def differentiable(f: Callable, device: str = "cpu", dtype: str | None = None) -
         learning = [t.requires_grad_() for t in tensors if torch.is_tensor(t) and t.is_floating_point()]
         y = f(*tensors)
 
-        def vjp(dy):
-            upstream = tensor(dy, device, dtype)
-            cotangents = torch.autograd.grad(y, learning, upstream, retain_graph=True, allow_unused=True)
+        def vjp(*dys):
+            results = zip(y if isinstance(y, tuple) else (y,), dys, strict=False)
+            used = [(result, tensor(dy, device, dtype)) for result, dy in results if dy is not None]
+            outputs, upstream = zip(*used, strict=True)
+            cotangents = torch.autograd.grad(outputs, learning, upstream, retain_graph=True, allow_unused=True)
             return tuple(map(array, cotangents)) if len(cotangents) > 1 else array(cotangents[0])
 
         return array(y), vjp

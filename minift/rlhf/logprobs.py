@@ -43,6 +43,7 @@ def token_log_probs(
     log_p = losses.log_softmax(logits / temperature)  # (..., vocab)
     logp = np.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]  # (...)
     p = np.exp(log_p)
+    log_p = np.maximum(log_p, np.finfo(log_p.dtype).min)  # of a token that cannot be: 0 · −∞ would be NaN
     entropy = -np.einsum("...v,...v->...", p, log_p)  # (...)
 
     def vjp(dlogp, dentropy=None):

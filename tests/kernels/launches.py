@@ -58,9 +58,9 @@ def version(f, name, kernel, what, also=()):
         with guarded(also), replaced(name, kernel, WRONG=what):
             y, vjp = f(*args)
 
-        def changed_vjp(dy):
+        def changed_vjp(*dy):
             with guarded(also), replaced(name, kernel, WRONG=what):
-                return vjp(dy)
+                return vjp(*dy)
 
         return y, changed_vjp
 

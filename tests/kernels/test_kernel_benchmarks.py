@@ -32,6 +32,7 @@ SMALL = {
     "nf4": {"SHAPES": ((3, 128),), "DTYPES": (torch.float16, torch.float32)},
     "nf4_matmul": {"SHAPES": ((64, 128),), "ROWS": (1, 3)},
     "norms": {"SHAPES": ((5, 48),)},
+    "rlhf": {"LOGITS": ((5, 300),), "ANSWERS": ((3, 20),)},
     "rope": {"SHAPES": ((2, 4, 2, 5, 16),)},
 }
 

@@ -268,8 +268,10 @@ def test_gradcheck():
 @pytest.mark.parametrize("how", BACKENDS)
 def test_opcheck(how):
     labels = torch.tensor([3, -100, 0])
-    args = (torch.randn(3, 9)[:, 1:8].requires_grad_(), labels, how)
-    torch.library.opcheck(torch.ops.minift.cross_entropy.default, args)
+    for temperature in (None, 0.7):
+        counting = labels if temperature is None else labels.clamp(min=0)
+        args = (torch.randn(3, 9)[:, 1:8].requires_grad_(), counting, temperature, how)
+        torch.library.opcheck(torch.ops.minift.cross_entropy.default, args)
     x, W = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     for keeps in ((True, True), (False, False)):
         args = (x, W, labels, *keeps, how)
@@ -322,32 +324,43 @@ def test_compiled():
     assert done.stdout == "same bits\n", done.stderr[-2000:]
 
 
-def test_offsets_have_64_bits():
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_offsets_have_64_bits(temperature):
     """The last row of 2³¹ + 192 logits, forward and backward."""
     n, vocab = (1 << 31) // 64 + 3, 64
     logits, dlogits = (sparse((n, vocab), torch.float32) for _ in range(2))
-    statistics = tuple(sparse((n,), torch.float32) for _ in range(3))
-    labels, dlosses = sparse((n,), torch.int64), sparse((n,), torch.float32)
-    logits[-1], labels[-1], dlosses[-1], dlogits[0] = torch.randn(vocab), 63, -1.5, 7
+    of_row = functools.partial(sparse, dtype=torch.float32)
+    entropies, dentropies = of_row((0 if temperature is None else n,)), of_row((n,))
+    statistics = of_row((n,)), entropies, of_row((n,)), of_row((n,))
+    labels, dlosses = sparse((n,), torch.int64), of_row((n,))
+    logits[-1], labels[-1], dlosses[-1], dentropies[-1], dlogits[0] = torch.randn(vocab), 63, -1.5, 0.4, 7
     with last_program():
-        losses.forward_launch(statistics, logits, labels, "interpreter").run(CPU)
-        rest = (dlosses, labels, *statistics[1:])
-        losses.backward_launch(dlogits, logits, rest, "interpreter").run(CPU)
-    near = losses._cross_entropy(logits[-1:], labels[-1:], "interpreter")
+        losses.forward_launch(statistics, logits, labels, temperature, "interpreter").run(CPU)
+        rest = (dlosses, labels, *statistics[2:])
+        of_entropy = None if temperature is None else (dentropies, entropies)
+        losses.backward_launch(dlogits, logits, rest, of_entropy, temperature, "interpreter").run(CPU)
+    near = losses._cross_entropy(logits[-1:], labels[-1:], temperature, "interpreter")
     assert all(torch.equal(found[-1:], wanted) for found, wanted in zip(statistics, near, strict=True))
-    wanted = losses._cross_entropy_backward(dlosses[-1:], logits[-1:], labels[-1:], *near[1:], "interpreter")
+    cotangents = dlosses[-1:], None if temperature is None else dentropies[-1:]
+    wanted = losses._cross_entropy_backward(
+        *cotangents, logits[-1:], labels[-1:], *near[1:], temperature, "interpreter"
+    )
     assert torch.equal(dlogits[-1:], wanted) and wanted.any() and (dlogits[0] == 7).all()
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_compiles(target, dtype):
+@pytest.mark.parametrize("temperature", [None, 0.7], ids=["cross-entropy", "with its entropy"])
+def test_compiles(target, dtype, temperature):
     """For the vocabulary of Llama 3, in words of 16 bytes and with nothing spilled."""
     empty = functools.partial(torch.empty, device="meta")
     logits, of_row, labels = empty(1024, 128256, dtype=dtype), empty(1024), empty(1024, dtype=torch.int64)
+    statistics = of_row, of_row if temperature else of_row[:0], of_row, of_row
+    of_entropy = (of_row, of_row) if temperature else None
+    rest = of_row, labels, of_row, of_row
     for launch in (
-        losses.forward_launch((of_row, of_row, of_row), logits, labels, "triton"),
-        losses.backward_launch(logits, logits, (of_row, labels, of_row, of_row), "triton"),
+        losses.forward_launch(statistics, logits, labels, temperature, "triton"),
+        losses.backward_launch(logits, logits, rest, of_entropy, temperature, "triton"),
     ):
         found = aot.compile_launch(launch, target)
         print(f"{launch.kernel.fn.__name__} {target} {dtype}: {found.registers} registers, {found.spilled} spilled")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-PACKAGES = ("nn", "quant", "peft", "optim", "models")  # rlhf has no twins yet
+PACKAGES = ("nn", "quant", "peft", "optim", "models", "rlhf")
 NAMES, NUMBERS = "works on names, not on numbers: the twin uses it as it is", "works on single numbers, not on tensors"
+SCORES = "works on the scores of a whole set, on the host: the twin uses it as it is"
+TEXTS = "works on texts and files, and on what the host knows of them: the twin uses it as it is"
 AUTOGRAD = "adds up cotangents, which autograd does"
 STUDY = "a step on the way to the function that has the twin"
 
@@ -59,6 +61,23 @@ WITHOUT_TWIN = {
     "nn.lstm.lstm_1": STUDY,
     "nn.lstm.lstm_2": "the twin is called lstm, as is the reference's last form",
     "peft.p_tuning.fresh": "drawn in NumPy, then taken to a device: both start from the same bits",
+    "rlhf.logprobs.answer_mask": TEXTS,
+    "rlhf.logprobs.answers": TEXTS,
+    "rlhf.logprobs.counts": TEXTS,
+    "rlhf.pairs": TEXTS,
+    "rlhf.raters": TEXTS,
+    "rlhf.rubric": TEXTS,
+    "rlhf.rollouts": "samples texts with the reference's generation; rounds in torch are not written yet",
+    "rlhf.measure": "measures texts sampled by the reference; in torch it is not written yet",
+    "rlhf.training": "the loops of the commands; in torch they are not written yet",
+    "rlhf.advantages.gae_2": "T² numbers a row: the form that the recursion, and its scan, are held against",
+    "rlhf.reward_model.ranking_loss_1": STUDY,
+    "rlhf.reward_model.normalization": SCORES,
+    "rlhf.reward_model.accuracy": SCORES,
+    "rlhf.reward_model.calibration": SCORES,
+    "rlhf.ppo.too_far": NUMBERS,
+    "rlhf.ppo.next_kl_coef": NUMBERS,
+    "rlhf.ppo.Settings": NUMBERS,
     "models.generation": "tokens are chosen on the host, by the reference's code",
     "models.llama.shapes": NAMES,
     "models.llama.initialize": "made in NumPy, then taken to a device: both engines start from the same bits",
@@ -67,6 +86,15 @@ WITHOUT_PARAMETER: dict[str, str] = {}
 MORE = {  # parameters by keyword that a twin has beside the reference's and `backend`
     "nn.attention.attention": ("tiles",),
     "models.llama.backbone": ("dtype",),
+    "rlhf.actor_critic.assess": ("dtype",),
+    "rlhf.actor_critic.forward": ("dtype",),
+    "rlhf.actor_critic.loss": ("dtype",),
+    "rlhf.dpo.answer_log_probs": ("dtype",),
+    "rlhf.dpo.loss": ("dtype",),
+    "rlhf.dpo.reference_log_probs": ("dtype",),
+    "rlhf.logprobs.sequence_log_probs": ("dtype",),
+    "rlhf.reward_model.loss": ("dtype",),
+    "rlhf.reward_model.score": ("dtype",),
 }
 DEFAULTS = {(torch.float32, np.float32)}  # what is the same in torch and in NumPy
 

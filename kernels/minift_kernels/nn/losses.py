@@ -40,7 +40,7 @@ def cross_entropy(
     Rows whose label is `IGNORE_INDEX` do not count. N is the number of rows that do, or `normalizer`: to accumulate
     micro-batches into the gradient of one large batch, pass the number in the *whole* batch to each."""
     how = backends.choose(backend, logits.device, logits.dtype)
-    losses, _, _ = _cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), how)
+    losses, *_ = _cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), None, how)
     return losses.sum() / _count(labels, normalizer)
 
 
@@ -64,7 +64,7 @@ def linear_cross_entropy(
         matrix = weight.to(x.dtype) if isinstance(weight, Tensor) else weight.dense(x.dtype)
         keep = torch.is_grad_enabled() and not recompute
         keeps = keep and x.requires_grad, keep and matrix.requires_grad
-        total, _, _ = _linear_cross_entropy(x, matrix, labels, *keeps, how)
+        total, *_ = _linear_cross_entropy(x, matrix, labels, *keeps, how)
     else:
         total = _adapted(x, weight, labels, how)
     return total / _count(labels, normalizer)
@@ -78,28 +78,38 @@ def _adapted(x: Tensor, weight: Weight, labels: Tensor, backend: str) -> Tensor:
     """The sum of the losses; each chunk's logits are computed again for the gradient of all that learns in `weight`."""
 
     def total(x, labels):
-        return _cross_entropy(linear(x, weight, backend=backend), labels, backend)[0].sum()
+        return _cross_entropy(linear(x, weight, backend=backend), labels, None, backend)[0].sum()
 
-    size = _rows_at_once(x, backend)
-    parts = [slice(first, first + size) for first in range(0, max(len(x), 1), size)]  # one, if there are no rows
+    parts = row_parts(x, backend)
     totals = [checkpoint(total, x[part], labels[part], use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.stack(totals).sum()
 
 
-def _rows_at_once(x: Tensor, backend: str) -> int:
-    return backends.load(KERNELS, backend).ROWS if x.device.type == "cuda" else ROWS
+def row_parts(x: Tensor, backend: str) -> list[slice]:
+    """The rows of x, as many at a time as have logits at the same time; one part, if there are no rows."""
+    size = backends.load(KERNELS, backend).ROWS if x.device.type == "cuda" else ROWS
+    return [slice(first, first + size) for first in range(0, max(len(x), 1), size)]
 
 
-# A row's loss, and its gradient.
+# A row's loss, and its gradient. With a temperature there is its distribution's entropy too (rlhf.logprobs).
 
 
-def _forward(logits: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `minift::cross_entropy`: of every row the loss, the maximum m and the sum S."""
+def losses_and_entropies(logits: Tensor, labels: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+    """−log p[label] and H of each row of softmax(logits / temperature); both have a gradient."""
+    losses, entropies, *_ = _cross_entropy(logits, labels, temperature, backend)
+    return losses, entropies
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, temperature: float | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator `minift::cross_entropy`: of every row the loss, the entropy if there is a temperature, the maximum m
+    and the sum S."""
     labels = _checked(labels, logits.shape[-1])
     if backend == "torch":
-        return _forward_torch(logits, labels)
-    statistics = _like_forward(logits, labels, backend)
-    forward_launch(statistics, backends.rows(logits), labels, backend).run(logits.device)
+        return _forward_torch(logits, labels, temperature)
+    statistics = _like_forward(logits, labels, temperature, backend)
+    forward_launch(statistics, backends.rows(logits), labels, temperature, backend).run(logits.device)
     return statistics
 
 
@@ -114,86 +124,156 @@ def _checked(labels: Tensor, vocab: int) -> Tensor:
     return labels
 
 
-def _forward_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_torch(logits: Tensor, labels: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = backends.widened(logits)
     maxima = wide.amax(dim=-1)
-    shifted = wide - maxima[:, None]
+    shifted = _shifted(wide, maxima, temperature)
     counts = labels != IGNORE_INDEX
     at_label = shifted.gather(-1, torch.where(counts, labels, 0)[:, None])[:, 0]
-    totals = shifted.exp().sum(dim=-1)
-    return torch.where(counts, totals.log() - at_label, 0), maxima, totals
+    e = shifted.exp()
+    totals = e.sum(dim=-1)
+    entropies = maxima.new_empty(0)
+    if temperature is not None:
+        entropies = totals.log() - (e * _finite(shifted)).sum(dim=-1) / totals
+    return torch.where(counts, totals.log() - at_label, 0), entropies, maxima, totals
 
 
-def _backward_torch(dlosses: Tensor, logits: Tensor, labels: Tensor, maxima: Tensor, totals: Tensor) -> Tensor:
+def _backward_torch(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    maxima: Tensor,
+    totals: Tensor,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
+    temperature: float | None = None,
+) -> Tensor:
     counts = labels != IGNORE_INDEX
-    p = (backends.widened(logits) - maxima[:, None]).exp() / totals[:, None]
+    shifted = _shifted(backends.widened(logits), maxima, temperature)
+    p = shifted.exp() / totals[:, None]
+    from_entropy: Tensor | float = 0.0
+    if of_entropy is not None:
+        dentropies, entropies = of_entropy
+        log_p = _finite(shifted) - totals.log()[:, None]
+        from_entropy = dentropies[:, None] * p * (log_p + entropies[:, None])
     p.scatter_add_(-1, torch.where(counts, labels, 0)[:, None], -torch.ones_like(maxima)[:, None])
-    return torch.where(counts[:, None], p * dlosses[:, None], 0).to(logits.dtype)
+    dlogits = p * dlosses[:, None] - from_entropy
+    if temperature is not None:
+        dlogits *= 1 / temperature
+    return torch.where(counts[:, None], dlogits, 0).to(logits.dtype)
 
 
-def _like_forward(logits: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    losses, maxima, totals = (logits.new_empty(len(logits), dtype=_wide(logits)) for _ in range(3))
-    return losses, maxima, totals
+def _shifted(wide: Tensor, maxima: Tensor, temperature: float | None) -> Tensor:
+    shifted = wide - maxima[:, None]
+    return shifted if temperature is None else shifted * (1 / temperature)
+
+
+def _finite(shifted: Tensor) -> Tensor:
+    """The distance of a token that cannot be is −∞, and 0 · ∞ would be NaN."""
+    return shifted.clamp(min=torch.finfo(shifted.dtype).min)
+
+
+def _like_forward(
+    logits: Tensor, labels: Tensor, temperature: float | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = len(logits)
+    losses, entropies, maxima, totals = (
+        logits.new_empty(size, dtype=_wide(logits)) for size in (n, 0 if temperature is None else n, n, n)
+    )
+    return losses, entropies, maxima, totals
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def forward_launch(statistics: tuple[Tensor, Tensor, Tensor], logits: Tensor, labels: Tensor, backend: str) -> Launch:
-    """Equation (1) of `losses_kernels`; `logits` is a matrix of rows whose elements are neighbors."""
+def forward_launch(
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | None,
+    backend: str,
+) -> Launch:
+    """Equation (1) of `losses_kernels`, and (4); `logits` is a matrix of rows whose elements are neighbors."""
     kernels = backends.load(KERNELS, backend)
     n_rows, vocab = logits.shape
     block, warps = kernels.TILES[logits.element_size()]
-    arguments = (*statistics, logits, labels, logits.stride(0), vocab)
-    return Launch(kernels.forward, (n_rows,), arguments, {"BLOCK": block, "num_warps": warps}, outputs=3)
+    arguments = (*statistics, logits, labels, logits.stride(0), vocab, 1.0 if temperature is None else 1 / temperature)
+    options = {"ENTROPY": temperature is not None, "BLOCK": block, "num_warps": warps}
+    return Launch(kernels.forward, (n_rows,), arguments, options, outputs=4)
 
 
-def _backward(dlosses: Tensor, logits: Tensor, labels: Tensor, maxima: Tensor, totals: Tensor, backend: str) -> Tensor:
-    """The operator `minift::cross_entropy_backward`: dlogits, from a cotangent for every row's loss."""
+def _backward(
+    dlosses: Tensor,
+    dentropies: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    entropies: Tensor,
+    maxima: Tensor,
+    totals: Tensor,
+    temperature: float | None,
+    backend: str,
+) -> Tensor:
+    """The operator `minift::cross_entropy_backward`: dlogits, from a cotangent for every row's loss (and entropy)."""
     labels = labels.to(torch.int64).contiguous()
+    of_entropy = None if dentropies is None else (dentropies.contiguous(), entropies)
     if backend == "torch":
-        return _backward_torch(dlosses, logits, labels, maxima, totals)
+        return _backward_torch(dlosses, logits, labels, maxima, totals, of_entropy, temperature)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     statistics = dlosses.contiguous(), labels, maxima, totals
-    backward_launch(dlogits, backends.rows(logits), statistics, backend).run(logits.device)
+    backward_launch(dlogits, backends.rows(logits), statistics, of_entropy, temperature, backend).run(logits.device)
     return dlogits
 
 
 def backward_launch(
-    dlogits: Tensor, logits: Tensor, statistics: tuple[Tensor, Tensor, Tensor, Tensor], backend: str
+    dlogits: Tensor,
+    logits: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    of_entropy: tuple[Tensor, Tensor] | None,
+    temperature: float | None,
+    backend: str,
 ) -> Launch:
-    """Equation (2), from dlosses, labels, maxima and totals; `dlogits` is contiguous."""
+    """Equation (2), from dlosses, labels, maxima and totals, or (6), also from dentropies and entropies; `dlogits` is
+    contiguous."""
     kernels = backends.load(KERNELS, backend)
     n_rows, vocab = logits.shape
     block, warps = kernels.TILES[logits.element_size()]
     dlosses, *rest = statistics
-    arguments = (dlogits, dlosses, logits, *rest, logits.stride(0), vocab)
-    return Launch(kernels.backward, (n_rows, -(-vocab // block)), arguments, {"BLOCK": block, "num_warps": warps})
+    dentropies, entropies = of_entropy or (dlosses, dlosses)  # not touched
+    factor = 1.0 if temperature is None else 1 / temperature
+    arguments = (dlogits, dlosses, dentropies, logits, *rest, entropies, logits.stride(0), vocab, factor)
+    options = {"TEMPERED": factor != 1, "ENTROPY": of_entropy is not None, "BLOCK": block, "num_warps": warps}
+    return Launch(kernels.backward, (n_rows, -(-vocab // block)), arguments, options)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    logits, labels, ctx.temperature, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # where nothing depends on the entropy there is no work for it
+    ctx.save_for_backward(logits, labels, *output[1:])
+    ctx.mark_non_differentiable(*output[2 if ctx.temperature is not None else 1 :])
 
 
-def _differentiate(ctx, dlosses, *_):
-    return _cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.backend), None, None
+def _differentiate(ctx, dlosses, dentropies, *_):
+    logits, labels, entropies, maxima, totals = ctx.saved_tensors
+    if dlosses is None:
+        dlosses = torch.zeros_like(maxima)
+    found = _cross_entropy_backward(
+        dlosses, dentropies, logits, labels, entropies, maxima, totals, ctx.temperature, ctx.backend
+    )
+    return found, None, None, None
 
 
 _cross_entropy = backends.operator(
-    "cross_entropy(Tensor logits, Tensor labels, str backend) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy(Tensor logits, Tensor labels, float? temperature, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _like_forward,
     _differentiate,
     _save,
 )
 _cross_entropy_backward = backends.operator(
-    "cross_entropy_backward(Tensor dlosses, Tensor logits, Tensor labels, Tensor maxima, Tensor totals, str backend)"
-    " -> Tensor",
+    "cross_entropy_backward(Tensor dlosses, Tensor? dentropies, Tensor logits, Tensor labels, Tensor entropies, "
+    "Tensor maxima, Tensor totals, float? temperature, str backend) -> Tensor",
     _backward,
-    lambda dlosses, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    lambda dlosses, dentropies, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 
 
@@ -210,11 +290,9 @@ def _linear_forward(
     losses = x.new_empty(len(x), dtype=_wide(x))
     matrix = backends.widened(weight) if backend == "torch" else weight.to(x.dtype)
     ones = torch.ones_like(losses)
-    size = _rows_at_once(x, backend)
-    for first in range(0, len(x), size):
-        part = slice(first, first + size)
+    for part in row_parts(x, backend):
         logits = x[part].to(matrix.dtype) @ matrix.T  # (rows, vocab)
-        losses[part], maxima, totals = _cross_entropy(logits, labels[part], backend)
+        losses[part], _, maxima, totals = _cross_entropy(logits, labels[part], None, backend)
         if keep_dx or keep_dweight:
             dlogits = _in_place(ones[part], logits, labels[part], maxima, totals, backend)
             if keep_dx:
@@ -228,7 +306,7 @@ def _in_place(dlosses: Tensor, logits: Tensor, labels: Tensor, maxima: Tensor, t
     """dlogits, by a kernel in the memory of the logits: each program reads its tile before it writes it."""
     if backend == "torch":
         return _backward_torch(dlosses, logits, labels, maxima, totals)
-    backward_launch(logits, logits, (dlosses, labels, maxima, totals), backend).run(logits.device)
+    backward_launch(logits, logits, (dlosses, labels, maxima, totals), None, None, backend).run(logits.device)
     return logits
 
 

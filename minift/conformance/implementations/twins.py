@@ -21,7 +21,7 @@ from minift.conformance.implementations.quiet import absent
 from minift.conformance.operation import Implementation, Operation
 from minift.conformance.operations import every
 
-FOLDERS = ("nn", "quant", "peft", "optim", "models")
+FOLDERS = ("nn", "quant", "peft", "optim", "models", "rlhf")
 DTYPES = {
     "torch": ("float32", "float16", "float64"),
     "interpreter": ("float32", "float16"),
@@ -221,6 +221,21 @@ def _batched(module: ModuleType, place: Place) -> Callable | None:
     return forward and without_scaling
 
 
+def _only_what_learns(name: str, n: int) -> Callable[[ModuleType, Place], Callable | None]:
+    """Of the arguments the first n have a cotangent; the others are fixed."""
+
+    def adapt(module: ModuleType, place: Place) -> Callable | None:
+        loss = place.differentiable(place.function(getattr(module, name)))
+
+        def f(*args):
+            y, vjp = loss(*args)
+            return y, lambda dloss: vjp(dloss)[:n]
+
+        return loss and f
+
+    return adapt
+
+
 ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
     "nf4.linear": _nf4_linear,
     "rope.rope": _rope,
@@ -232,6 +247,9 @@ ADAPTED: dict[str, Callable[[ModuleType, Place], Callable | None]] = {
     "adamw8bit.adamw8bit_2": _step_8bit("adamw8bit_2"),
     "batched.forward": _batched,
     "lstm.bidirectional_lstm": _both_directions,
+    "ppo.minibatch_loss": _only_what_learns("minibatch_loss", 3),
+    "reward_model.pairwise_loss": _only_what_learns("pairwise_loss", 2),
+    "dpo.preference_loss": _only_what_learns("preference_loss", 2),
     "nf4.dequantize": _nf4_dequantize,
     "blockwise.quantize": _blockwise_quantize,
     "blockwise.dequantize": _blockwise_dequantize,
