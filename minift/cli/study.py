@@ -11,10 +11,10 @@ import tyro
 from rich.table import Table
 
 from minift.cli.common import console, emit
-from minift.studies import spikes
+from minift.studies import forgetting, shift, spikes
 
-Name = Literal["spikes"]
-STUDIES: dict[str, Any] = {"spikes": spikes}
+Name = Literal["spikes", "shift", "forgetting"]
+STUDIES: dict[str, Any] = {"spikes": spikes, "shift": shift, "forgetting": forgetting}
 
 
 @dataclass
@@ -22,12 +22,14 @@ class Study:
     """Answer one question about fine-tuning by an experiment.
 
     spikes      What do paged optimizers save when a long sequence comes among short ones?
+    shift       How many examples is pretraining worth, when they are of another kind than what was read?
+    forgetting  What is forgotten of the old kind of text while a model learns a new one?
     """
 
     name: Annotated[Name, tyro.conf.Positional]
     """Which question."""
     model: str = "tiny"
-    """What it is asked of: tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """What it is asked of, where it trains none itself: tiny (built in), a folder of a Llama model, or a .gguf file."""
     out: Path | None = None
     """Where the table (summary.json) and the picture go; by default runs/study/NAME."""
     seed: int = 0
@@ -49,7 +51,7 @@ class Study:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of the same keys, numbers to the right and rounded to what one can read."""
+    """Rows of the same keys, numbers to the right and rounded to what one can read; None is a dash."""
     made = Table(box=None, padding=(0, 2, 0, 0))
     for name, value in rows[0].items():
         made.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
@@ -58,6 +60,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Whole numbers with commas, others to four digits."""
+    if value is None:
+        return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
