@@ -75,10 +75,14 @@ class Data:
 
 
 def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: int) -> Data:
-    """`stdlib`, the embedded questions and answers, or a JSONL file or folder, split into training and held out."""
+    """`stdlib`, the embedded questions and answers; `stdlib-text`, the embedded language reference; or a file of JSONL
+    or plain text, or a folder: split into training and held out."""
     if source == "stdlib":
         found = stdlib_docs.embedded()
         train, held_out = found.train_pairs, found.held_out_pairs
+    elif source == "stdlib-text":
+        found = stdlib_docs.embedded()
+        train, held_out = found.train_text, found.held_out_text
     else:
         train, held_out = jsonl.read_split(source)
     chosen = np.random.default_rng(0).permutation(len(held_out))[:eval_examples]  # the same ones in every run
