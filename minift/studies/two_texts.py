@@ -98,7 +98,10 @@ def train(
         eval_every=eval_every,
         keep_best=keep_best,
     )
-    return fit(params, loss, batches, settings, evaluate=evaluate)
+    result = fit(params, loss, batches, settings, evaluate=evaluate)
+    if result.interrupted:  # Ctrl-C ends the study, not only this run of it
+        raise KeyboardInterrupt
+    return result
 
 
 def mixed(
