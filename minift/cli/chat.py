@@ -11,7 +11,7 @@ import numpy as np
 from minift.cli.common import answer, console, emit, load_with_adapter
 from minift.data.example import Message
 from minift.io import load_tokenizer
-from minift.models import llama
+from minift.models import module_of
 from minift.models.generation import check_settings
 
 
@@ -24,7 +24,7 @@ class Chat:
     """
 
     model: str = "tiny"
-    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     adapter: Path | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     system: str | None = None
@@ -47,7 +47,7 @@ class Chat:
     def run(self) -> int:
         check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter)
-        tokenizer, ready = load_tokenizer(self.model), llama.fuse(params)
+        tokenizer, ready = load_tokenizer(self.model), module_of(config).fuse(params)
         rng = np.random.default_rng(self.seed)
         start = [] if self.system is None else [Message("system", self.system)]
         messages = list(start)

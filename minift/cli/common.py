@@ -22,7 +22,7 @@ from minift.data.batches import Batch, Encoded, batch_indices, pad
 from minift.data.example import Example, Message
 from minift.data.templates import encode_all, encode_prompt, end_of_turn
 from minift.io import Tokenizer, atomic_write, load_adapter, load_model, load_prompt, prompt_kind
-from minift.models import llama
+from minift.models import Config, llama, module_of
 from minift.nn.weight import Params
 from minift.optim.paged import LARGEST_PAGE
 from minift.peft import lora, qlora, soft_prompt
@@ -84,10 +84,14 @@ class Data:
 
 
 def read_data(source: str, tokenizer: Tokenizer, seq_len: int, eval_examples: int) -> Data:
-    """`stdlib` or `topics`, the embedded questions and answers, or a JSONL file or folder; training and held out."""
+    """`stdlib` or `topics`, the embedded questions and answers; `stdlib-text`, the embedded language reference; or a
+    file of JSONL or plain text, or a folder: split into training and held out."""
     if source == "stdlib":
         found = stdlib_docs.embedded()
         train, held_out = found.train_pairs, found.held_out_pairs
+    elif source == "stdlib-text":
+        found = stdlib_docs.embedded()
+        train, held_out = found.train_text, found.held_out_text
     elif source == "topics":
         train, held_out = topics.topic_pairs()
     else:
@@ -168,14 +172,23 @@ PROMPT_AND_ANSWER = "prompt and answer together"
 Base = Literal["auto", "nf4", "original"]
 
 
-def load_with_adapter(model: str, folder: Path | None, dtype: Dtype = "float32") -> tuple[llama.Config, dict[str, Any]]:
+def load_with_adapter(model: str, folder: Path | None, dtype: Dtype = "float32") -> tuple[Config, dict[str, Any]]:
     """A model, with an adapter on it if one is named, over the weights that the adapter was trained on."""
     config, params = load_model(model, dtype=dtype)
     if folder is None:
         return config, params
     if prompt_kind(folder) is not None:
-        return config, soft_prompt.insert(params, load_prompt(folder, config))
+        sizes = llama_only(config, model, "soft prompts")
+        return config, soft_prompt.insert(params, load_prompt(folder, sizes))
     return config, put_on(params, load_adapter(folder, params))
+
+
+def llama_only(config: Config, model: str, what: str) -> llama.Config:
+    """The configuration of a Llama model. ValueError for another, which `what` cannot be done with."""
+    if not isinstance(config, llama.Config):
+        kind = module_of(config).__name__.rpartition(".")[2]
+        raise ValueError(f"{model} is a {kind} model, and {what} works with Llama models only: give another --model")
+    return config
 
 
 def put_on(params: Params, adapter: lora.Adapter, base: Base = "auto") -> dict[str, Any]:
@@ -187,7 +200,7 @@ def put_on(params: Params, adapter: lora.Adapter, base: Base = "auto") -> dict[s
     return lora.insert(qlora.quantize(params) if over_nf4 else params, adapter)
 
 
-def warn_beyond(config: llama.Config, tokens: int, what: str) -> None:
+def warn_beyond(config: Config, tokens: int, what: str) -> None:
     """A UserWarning where a text may get longer than those that the model has seen."""
     limit = config.max_position_embeddings
     if tokens > limit:
@@ -196,7 +209,7 @@ def warn_beyond(config: llama.Config, tokens: int, what: str) -> None:
 
 def answer(
     params: Params,
-    config: llama.Config,
+    config: Config,
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     max_new_tokens: int,
@@ -208,5 +221,6 @@ def answer(
     prompt = encode_prompt(messages, tokenizer)[None]
     warn_beyond(config, prompt.size + max_new_tokens, PROMPT_AND_ANSWER)
     stops = {*end_of_turn(tokenizer), *tokenizer.stop_token_ids}
-    steps = llama.stream(params, prompt, config, max_new_tokens, temperature, rng, stop_tokens=stops, **options)
+    stream = module_of(config).stream
+    steps = stream(params, prompt, config, max_new_tokens, temperature, rng, stop_tokens=stops, **options)
     yield from tokenizer.decode_stream(token for (token,) in steps if int(token) not in stops)

@@ -23,6 +23,7 @@ from minift.cli.common import (
     console,
     emit,
     engine_on,
+    llama_only,
     modules,
     peak_memory_bytes,
     read_data,
@@ -32,7 +33,7 @@ from minift.cli.watch import Watcher, draw_losses
 from minift.data.batches import Encoded
 from minift.data.example import Example
 from minift.io import load_model, load_tokenizer, refuse_to_destroy, save_adapter, save_model, save_prompt
-from minift.models import llama
+from minift.models import Config, llama, module_of
 from minift.nn.weight import Params, dense, trainable
 from minift.optim.schedules import Schedule
 from minift.peft import lora, soft_prompt
@@ -70,9 +71,10 @@ class Finetune:
     prompt: embeddings before the text. prefix: keys and values before it, in every layer. p-tuning: embeddings before
     the text that a network makes, which is dropped afterwards."""
     model: str = "tiny"
-    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     data: str = "stdlib"
-    """stdlib (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or plain text."""
+    """stdlib (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or text. To go on with
+    pretraining, every token learned: stdlib-text (the language reference), or a .txt file."""
     out: Path = Path("runs/finetune")
     """Where the adapter, metrics.jsonl, the loss curve and checkpoints go."""
     steps: int = 500
@@ -156,6 +158,8 @@ class Finetune:
             )
         engine = engine_on(self.device)
         config, params = load_model(self.model, dtype=self.dtype)
+        if self.device != "cpu":
+            llama_only(config, self.model, f"--device {self.device}")
         settings = self._settings(config)
         warn_beyond(config, self.seq_len, "examples of --seq-len")
         tokenizer = load_tokenizer(self.model)
@@ -175,7 +179,8 @@ class Finetune:
             encoder_hidden_size=self.encoder_hidden_size,
             rng=np.random.default_rng(self.seed),
         )
-        total = sum(math.prod(shape) for shape in llama.shapes(config).values())  # of head, with what it unties
+        shapes = module_of(config).shapes(config)  # of head, with what it unties
+        total = sum(math.prod(shape) for shape in shapes.values())
         learned = sum(array.size for array in trainable(params).values())
         console.print(
             Text(self.method, style="bold"),
@@ -229,7 +234,7 @@ class Finetune:
         emit(summary, self.json, self.out)
         return 0
 
-    def _settings(self, config: llama.Config) -> Settings:
+    def _settings(self, config: Config) -> Settings:
         return Settings(
             steps=self.steps,
             learning_rate=PER_WIDTH[self.method] / config.hidden_size
@@ -259,10 +264,11 @@ class Finetune:
     def _result(self) -> Path:
         return self.out / ("model" if self.method in ("full", "head") else "adapter")
 
-    def _save(self, result: Result, config: llama.Config, tokenizer: Any) -> Path:
+    def _save(self, result: Result, config: Config, tokenizer: Any) -> Path:
         """An adapter in PEFT's format where there is one, else the whole model as a Hugging Face folder."""
         base = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
         if self.method in SOFT_PROMPTS:
+            assert isinstance(config, llama.Config)
             save_prompt(self._result, soft_prompt.detach(result.params)[1], config, base, overwrite=True)
         elif self.method in ("lora", "qlora"):
             save_adapter(self._result, lora.detach(result.params)[1], base, overwrite=True)
@@ -272,8 +278,8 @@ class Finetune:
         return self._result
 
 
-def _answers(params: Params, config: llama.Config, tokenizer: Any, questions: list[Example]) -> list[str]:
-    ready = llama.fuse(params)
+def _answers(params: Params, config: Config, tokenizer: Any, questions: list[Example]) -> list[str]:
+    ready = module_of(config).fuse(params)
     texts = ("".join(answer(ready, config, tokenizer, q.messages[:-1], max_new_tokens=40)) for q in questions)
     return [_line(text) for text in texts]
 

@@ -13,7 +13,7 @@ import tyro
 from minift.cli.common import PROMPT_AND_ANSWER, answer, emit, load_with_adapter, warn_beyond
 from minift.data.example import Message
 from minift.io import load_tokenizer
-from minift.models import llama
+from minift.models import module_of
 from minift.models.generation import check_settings
 from minift.quant.sixteen import Dtype
 
@@ -28,7 +28,7 @@ class Generate:
     prompt: Annotated[str, tyro.conf.Positional]
     """The question, or with --raw the text to continue."""
     model: str = "tiny"
-    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     adapter: Path | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     dtype: Dtype = "float32"
@@ -54,13 +54,14 @@ class Generate:
         check_settings(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         config, params = load_with_adapter(self.model, self.adapter, self.dtype)
         tokenizer = load_tokenizer(self.model)
-        ready, rng = llama.fuse(params), np.random.default_rng(self.seed)
+        model, rng = module_of(config), np.random.default_rng(self.seed)
+        ready = model.fuse(params)
         options: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         if self.raw:
             tokens = np.array([tokenizer.encode(self.prompt)], np.int64)
             warn_beyond(config, tokens.size + self.max_new_tokens, PROMPT_AND_ANSWER)
             stops = set(tokenizer.stop_token_ids)
-            steps = llama.stream(
+            steps = model.stream(
                 ready, tokens, config, self.max_new_tokens, self.temperature, rng, stop_tokens=stops, **options
             )
             pieces = tokenizer.decode_stream(token for (token,) in steps if int(token) not in stops)

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from minift.cli.common import check_page_budget, console, emit, modules
+from minift.cli.common import check_page_budget, console, emit, llama_only, modules
 from minift.io import load_model
 from minift.models import llama
 from minift.train.engine import Optimizer
@@ -60,7 +60,10 @@ class Memory:
         check_page_budget(self.optimizer, self.page_budget)
         if self.model == "lora-paper" or self.model in LORA_PAPER:
             return self._paper()
-        config = SIZES[self.model] if self.model in SIZES else load_model(self.model)[0]
+        if self.model in SIZES:
+            config = SIZES[self.model]
+        else:
+            config = llama_only(load_model(self.model)[0], self.model, "this estimate")
         items = bill(
             config,
             self.method,

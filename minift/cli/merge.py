@@ -23,7 +23,7 @@ from minift.io import (
     save_model,
 )
 from minift.io.huggingface import as_stored, stored_bytes
-from minift.models import llama
+from minift.models import Config, module_of
 from minift.nn.losses import cross_entropy
 from minift.nn.weight import Params
 from minift.peft import lora
@@ -115,7 +115,7 @@ class Merge:
         return merge_requantized(trained, use_double_quant=self.double_quant)
 
 
-def _unmerged(trained: Params, config: llama.Config, tokenizer: Tokenizer, examples: int) -> tuple[np.ndarray, Batch]:
+def _unmerged(trained: Params, config: Config, tokenizer: Tokenizer, examples: int) -> tuple[np.ndarray, Batch]:
     """The logits of the unmerged model on the beginnings of some sections of the language reference."""
     texts = stdlib_docs.embedded().held_out_text
     chosen = np.random.default_rng(0).permutation(len(texts))[:examples]  # the same ones in every run
@@ -124,15 +124,15 @@ def _unmerged(trained: Params, config: llama.Config, tokenizer: Tokenizer, examp
     return _logits(trained, config, batch), batch
 
 
-def _compare(stored: Params, config: llama.Config, unmerged: np.ndarray, batch: Batch) -> dict[str, float | None]:
+def _compare(stored: Params, config: Config, unmerged: np.ndarray, batch: Batch) -> dict[str, float | None]:
     """How far a merged model's logits are from the unmerged one's, mean |Δ| over the tokens, and its loss."""
     logits = _logits(stored, config, batch)
     tokens = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]  # not the padding
     return {"logits": _number(np.abs(logits - unmerged)[tokens].mean()), "loss": _loss(logits, batch)}
 
 
-def _logits(params: Params, config: llama.Config, batch: Batch) -> np.ndarray:
-    return llama.forward(params, batch.tokens, config, recompute=True)[0]
+def _logits(params: Params, config: Config, batch: Batch) -> np.ndarray:
+    return module_of(config).forward(params, batch.tokens, config, recompute=True)[0]
 
 
 def _loss(logits: np.ndarray, batch: Batch) -> float | None:

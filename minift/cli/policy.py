@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minift.cli.common import console, load_with_adapter, put_on
+from minift.cli.common import console, llama_only, load_with_adapter, put_on
 from minift.data import comparisons, jsonl, topics
 from minift.data.comparisons import Comparison
 from minift.data.example import Example, Message
@@ -68,7 +68,8 @@ class Start:
 
 def start(model: str, adapter: Path | None) -> Start:
     """Load a model and the adapter on it, if one is named. Raises FormatError."""
-    config, params = load_with_adapter(model, adapter)
+    found, params = load_with_adapter(model, adapter)
+    config = llama_only(found, model, "RLHF")
     tokenizer = load_tokenizer(model)
     if adapter is None:
         return Start(model, config, tokenizer, params, freeze(params), None, "")
@@ -168,7 +169,8 @@ def load_reward(source: str, model: str) -> Score:
     path, _, name = source.rpartition(":")
     if path.endswith(".py"):
         return scored_by_function(_function(Path(path), name))
-    config, params = load_model(model)
+    found, params = load_model(model)
+    config = llama_only(found, model, "a reward model")
     headed = reward_model.with_head(params, np.random.default_rng(0))
     adapter = load_adapter(Path(source), headed)
     if reward_model.SCORE not in adapter.arrays:

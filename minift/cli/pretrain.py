@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tokenizers
 from rich.text import Text
 
 from minift.cli.common import Device, batches_of, check_page_budget, console, emit, engine_on, peak_memory_bytes
 from minift.cli.watch import Watcher, draw_losses
 from minift.data import stdlib_docs
-from minift.data.batches import Encoded, chunks
-from minift.data.example import Example
-from minift.data.templates import CHATML
-from minift.io import Tokenizer, refuse_to_destroy, save_model
+from minift.io import refuse_to_destroy, save_model
 from minift.models import llama
 from minift.peft import qlora
 from minift.train.engine import Optimizer
 from minift.train.evaluate import held_out_loss
 from minift.train.loop import Settings, at_least, fit
-
-END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-
-PRESETS = {
-    "tiny": llama.Config(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
-    "nano": llama.Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    ),
-}
+from minift.train.pretraining import PRESETS, entry, rows, train_tokenizer
 
 
 @dataclass
@@ -114,7 +83,7 @@ class Pretrain:
         engine = engine_on(self.device)
         config, found = PRESETS[self.preset], stdlib_docs.embedded()
         train_text, held_out_text = (
-            [*map(_entry, pairs), *(e.text for e in text)]
+            [*map(entry, pairs), *(e.text for e in text)]
             for pairs, text in (
                 (found.train_pairs, found.train_text),
                 (found.held_out_pairs, found.held_out_text),
@@ -122,8 +91,8 @@ class Pretrain:
         )
         tokenizer = train_tokenizer([*train_text, *(e.everything for e in found.train_pairs)], config.vocab_size)
         rng = np.random.default_rng(self.seed)
-        train = _rows(train_text, tokenizer, self.seq_len, rng)
-        held_out = _rows(held_out_text, tokenizer, self.seq_len, rng)
+        train = rows(train_text, tokenizer, self.seq_len, rng)
+        held_out = rows(held_out_text, tokenizer, self.seq_len, rng)
         params = llama.initialize(config, rng)
         size = sum(array.size for array in params.values())
         console.print(
@@ -177,33 +146,3 @@ class Pretrain:
         )
         emit(summary, self.json, self.out)
         return 0
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE learned from these texts, with the tokens that a chat template needs."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return Tokenizer(bpe, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, chat_template=CHATML)
-
-
-def _entry(example: Example) -> str:
-    """An entry of a dictionary: what the question asks about, and the answer."""
-    question, sentence = (message.content for message in example.messages)
-    return f"{question.split('`')[1]}: {sentence}"
-
-
-def _rows(texts: list[str], tokenizer: Tokenizer, seq_len: int, rng: np.random.Generator) -> list[Encoded]:
-    """All texts, shuffled, one behind the other, cut into rows; each stands between the marks of a turn, so that the
-    tokens of the chat template are known before the first chat."""
-    marked = (f"{TURN}{texts[i]}{END_OF_TURN}\n" for i in rng.permutation(len(texts)))
-    return chunks([token for text in marked for token in tokenizer.encode(text)], seq_len)

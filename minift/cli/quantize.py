@@ -37,7 +37,7 @@ class Quantize:
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     out: Annotated[Path, tyro.conf.Positional]
     """The folder to write."""
     double_quant: bool = False

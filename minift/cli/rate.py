@@ -26,7 +26,7 @@ from minift.data.example import Message
 from minift.data.journal import Journal
 from minift.data.stdlib_docs import embedded
 from minift.io import load_tokenizer
-from minift.models import llama
+from minift.models import module_of
 from minift.models.generation import check_settings
 from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate
 from minift.rlhf.rubric import gold
@@ -53,7 +53,7 @@ class Rate:
     answers: Annotated[Path | None, tyro.conf.Positional] = None
     """A JSONL file of questions with their answers. Without one, a model answers questions of the built-in set."""
     model: str = "tiny"
-    """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     adapter: Path | None = None
     """An adapter folder, such as runs/finetune/adapter."""
     questions: int = 20
@@ -161,7 +161,7 @@ class Rate:
             missing = range(len(journal.entries), len(chosen))
             if missing:
                 config, params = load_with_adapter(self.model, self.adapter)
-                tokenizer, ready = load_tokenizer(self.model), llama.fuse(params)
+                tokenizer, ready = load_tokenizer(self.model), module_of(config).fuse(params)
             for i in missing:
                 messages, rng = train[chosen[i]].messages[:1], np.random.default_rng([self.seed, i])
                 texts = tuple(

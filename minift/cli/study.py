@@ -11,14 +11,16 @@ import tyro
 from rich.table import Table
 
 from minift.cli.common import console, emit
-from minift.studies import data_types, outliers, quantization, spikes
+from minift.studies import data_types, forgetting, outliers, quantization, shift, spikes
 
-Name = Literal["spikes", "quantization", "outliers", "data-types"]
+Name = Literal["shift", "forgetting", "quantization", "outliers", "data-types", "spikes"]
 STUDIES: dict[str, Any] = {
-    "spikes": spikes,
+    "shift": shift,
+    "forgetting": forgetting,
     "quantization": quantization,
     "outliers": outliers,
     "data-types": data_types,
+    "spikes": spikes,
 }
 
 
@@ -26,16 +28,18 @@ STUDIES: dict[str, Any] = {
 class Study:
     """Answer one question about fine-tuning by an experiment.
 
-    spikes        What do paged optimizers save when a long sequence comes among short ones?
+    shift         How many examples is pretraining worth, when they are of another kind than what was read?
+    forgetting    What is forgotten of the old kind of text while a model learns a new one?
     quantization  How much of a weight is lost in 8 and 4 bits, and what does it matter who shares a scale?
     outliers      What do a few large columns do to products in 8 bits, and where are they?
     data-types    What does a language model lose when its layers are stored in fewer bits?
+    spikes        What do paged optimizers save when a long sequence comes among short ones?
     """
 
     name: Annotated[Name, tyro.conf.Positional]
     """Which question."""
     model: str = "tiny"
-    """What it is asked of: tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
+    """What it is asked of, where it trains none itself: tiny (built in), a folder of a Llama model, or a .gguf file."""
     out: Path | None = None
     """Where the table (summary.json) and the picture go; by default runs/study/NAME."""
     seed: int = 0
@@ -57,7 +61,7 @@ class Study:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of the same keys, numbers to the right and rounded to what one can read."""
+    """Rows of the same keys, numbers to the right and rounded to what one can read; None is a dash."""
     made = Table(box=None, padding=(0, 2, 0, 0))
     for name, value in rows[0].items():
         made.add_column(name.replace("_", " "), justify="left" if isinstance(value, str) else "right")
@@ -66,6 +70,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Whole numbers with commas, others to four digits."""
+    if value is None:
+        return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from minift.data import plain_text
 from minift.data.example import DataError, Example, pair
 from minift.data.json_lines import keys, messages, read_lines, string
 from minift.data.split import HELD_OUT, train_and_held_out
@@ -39,12 +40,14 @@ def read(path: str | os.PathLike[str]) -> list[Example]:
 def read_split(path: str | os.PathLike[str], share: float = HELD_OUT) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: of one file by the hash of the answer, of a folder as it comes.
 
-    A folder holds `train.jsonl` and `valid.jsonl` (or `test.jsonl`), the names that mlx-lm uses, and is taken at
-    its word; a file goes through `split.train_and_held_out`. The held-out side of a small file may be empty.
+    A file is JSONL, or plain text if its name ends in .txt, and goes through `split.train_and_held_out`. A folder holds
+    `train.jsonl` and `valid.jsonl` (or `test.jsonl`), the names that mlx-lm uses, and is taken at its word. The
+    held-out side of a small file may be empty.
     Raises DataError as `read` does, and for a folder without these files."""
     path = Path(path)
     if not path.is_dir():
-        return train_and_held_out(read(path), share=share)
+        examples = plain_text.read(path) if path.suffix == ".txt" else read(path)
+        return train_and_held_out(examples, share=share)
     held_out = [path / name for name in ("valid.jsonl", "test.jsonl") if (path / name).is_file()]
     if not held_out or not (path / "train.jsonl").is_file():
         found = ", ".join(sorted(p.name for p in path.glob("*.jsonl"))) or "no .jsonl file"

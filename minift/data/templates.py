@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Int
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minift.data.batches import IGNORE_INDEX, Encoded
+from minift.data.batches import IGNORE_INDEX, Encoded, chunks
 from minift.data.example import Example, Message
 
 CHATML = (
@@ -173,7 +173,9 @@ class EncodedSet:
 def encode_all(
     examples: Iterable[Example], tokenizer: Tokenizer, template: str | None = None, max_length: int | None = None
 ) -> EncodedSet:
-    """`encode_example` for each; those with nothing to learn are left out and counted."""
+    """`encode_example` for each; those with nothing to learn are left out and counted.
+
+    A plain text that is longer than `max_length` loses nothing: it becomes several examples."""
     kept: list[Encoded] = []
     truncated = dropped = 0
     for index, example in enumerate(examples):
@@ -181,6 +183,9 @@ def encode_all(
             tokens, labels = encode_example(example, tokenizer, template)  # whole, to see what is cut
         except TemplateError as error:
             raise TemplateError(f"example {index}: {error}") from error
+        if example.text and max_length is not None and len(tokens) > max_length:
+            kept += chunks(tokens, max_length)
+            continue
         if (labels[1:max_length] == IGNORE_INDEX).all():
             dropped += 1
             continue

@@ -16,7 +16,7 @@ from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
 from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, load_adapters, save_adapter
 from minift.io.peft_prompt import load_prompt, prompt_kind, save_prompt
 from minift.io.tokenizer import Tokenizer
-from minift.models.llama import Config
+from minift.models import Config
 from minift.quant.sixteen import Dtype
 
 __all__ = [
@@ -50,7 +50,7 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 def load_model(
     source: Path | str, keep_quantized: bool = False, dtype: Dtype = "float32"
 ) -> tuple[Config, dict[str, Any]]:
-    """(config, params) of a Llama model: a Hugging Face folder, a .gguf file, or "tiny", the built-in model.
+    """(config, params) of a model: a Hugging Face folder (Llama, GPT-2), a .gguf file, or "tiny", the built-in model.
 
     Parameters are float32 arrays; with `keep_quantized`, a folder's 4-bit weights stay NF4Tensors, and with `dtype`
     "bfloat16" or "float16" arrays become SixteenBitTensors. Neither learns. Raises FormatError."""

@@ -1,4 +1,4 @@
-"""Llama checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards.
+"""Llama and GPT-2 checkpoints in Hugging Face folders: config.json and safetensors, in one file or in shards.
 
 Reading is strict: every parameter of the model must be there, in its shape, and nothing else. transformers fills what
 is missing with random numbers and a warning; a model that is half random looks like a model that learns badly.
@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from minift.io import bitsandbytes4
+from minift.io import bitsandbytes4, gpt2_config, llama_config
 from minift.io.atomic import atomic_folder, atomic_write
 from minift.io.errors import FormatError, shown
 from minift.io.json_file import Fields, json_bytes, read_json
-from minift.io.llama_config import format_config, parse_config
 from minift.io.safetensors_file import SafetensorsFile, require_finite, write_safetensors
 from minift.io.tokenizer import Tokenizer
-from minift.models import llama
-from minift.models.llama import Config
+from minift.models import Config, gpt2, llama, module_of
 from minift.nn.weight import Frozen, Params, dense
 from minift.quant.nf4 import NF4Tensor
 from minift.quant.sixteen import Dtype, SixteenBitTensor, stored, to_bfloat16
 
 FLOATS = ("F32", "F16", "BF16")
+CONSTANTS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # which old checkpoints carry along
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Places = dict[str, tuple[SafetensorsFile, str]]  # our name → the file, and the name in it
 
@@ -36,7 +35,7 @@ Places = dict[str, tuple[SafetensorsFile, str]]  # our name → the file, and th
 def load_model(
     folder: Path | str, keep_quantized: bool = False, dtype: Dtype = "float32"
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the parameters, float32 arrays under Hugging Face's names, of a Llama checkpoint.
+    """The configuration and the parameters, float32 arrays under Hugging Face's names, of a checkpoint.
 
     bfloat16, float16 and bitsandbytes' NF4 and FP4 are decoded, one tensor at a time; with `keep_quantized` an NF4
     weight stays an NF4Tensor, which does not learn, and an FP4 weight is refused. With `dtype` "bfloat16" or "float16"
@@ -45,17 +44,18 @@ def load_model(
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
-    config = parse_config(values, folder / "config.json")
+    config = _config_format(values.get("model_type")).parse_config(values, folder / "config.json")
+    model = module_of(config)
     _refuse_other_quantization(folder / "config.json", values)
-    places = _places(folder)
+    places = _places(folder, model.PREFIX)
     if config.num_hidden_layers > len(places):  # before every one of them is named
         found, needed = config.num_hidden_layers, f"no more layers than the {len(places)} tensors of the weights"
         raise FormatError(folder / "config.json", "num_hidden_layers", found, needed)
-    expected = llama.shapes(config)
+    expected = model.shapes(config)
     quantized = {base for name in places if (base := bitsandbytes4.base_name(name)) is not None}
-    if config.tie_word_embeddings and llama.HEAD in places:
-        _require_equal(places, llama.HEAD, llama.EMBEDDING, expected[llama.EMBEDDING])
-        del places[llama.HEAD]
+    if config.tie_word_embeddings and model.HEAD in places:
+        _require_equal(places, model.HEAD, model.EMBEDDING, expected[model.EMBEDDING])
+        del places[model.HEAD]
     for name, (file, _) in places.items():
         if name not in expected and bitsandbytes4.base_name(name) not in expected:
             raise FormatError(file.path, name, "a tensor that this model does not have", "only its own parameters")
@@ -94,7 +94,7 @@ def save_model(
             require_finite(f"{folder} as {dtype}", name, bitsandbytes4.rounded(weight.scales(), dtype))  # |codes| <= 1
             tensors |= bitsandbytes4.pack_tensor(name, weight, dtype)
             continue
-        array = _thawed(weight)
+        array = _turned(name, _thawed(weight))
         require_finite(folder, name, array)
         if dtype == "bfloat16":
             tensors[name] = to_bfloat16(array)
@@ -105,7 +105,7 @@ def save_model(
             require_finite(f"{folder} as {dtype}", name, tensors[name])
 
     ids = _token_ids(tokenizer)
-    values = format_config(config, dtype, ids) | _quantization_config(params, dtype)
+    values = _config_format(_model_type(config)).format_config(config, dtype, ids) | _quantization_config(params, dtype)
     with atomic_folder(folder, overwrite) as new:
         atomic_write(new / "config.json", json_bytes(values))
         atomic_write(new / "generation_config.json", json_bytes({"_from_model_config": True, **ids}))
@@ -136,17 +136,36 @@ def stored_bytes(params: Params, dtype: str = "float32") -> int:
     )
 
 
+def _config_format(model_type: Any) -> Any:
+    """The module that reads and writes config.json of this type of model; of others, Llama's, which refuses them."""
+    return gpt2_config if model_type == "gpt2" else llama_config
+
+
+def _model_type(config: Config) -> str:
+    return "gpt2" if isinstance(config, gpt2.Config) else "llama"
+
+
+def _is_turned(name: str) -> bool:
+    """Whether files hold this weight as (in, out): Conv1D of GPT-2. One in 4 bits is (out, in) there too."""
+    return name.endswith(tuple(f".{module}.weight" for module in gpt2.LINEAR_MODULES))
+
+
+def _turned(name: str, array: np.ndarray) -> np.ndarray:
+    """From the file's orientation to ours, and back."""
+    return np.ascontiguousarray(array.T) if _is_turned(name) else array
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _places(folder: Path) -> Places:
-    """Where every tensor is, under names with the prefix "model." that files of the bare network leave out."""
+def _places(folder: Path, prefix: str) -> Places:
+    """Where every tensor is, under names with the prefix that files of the bare network leave out."""
     places: Places = {}
     for file in _files(folder):
         for raw in file.names():
-            if raw.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry along
+            if raw.endswith(CONSTANTS):
                 continue
-            name = raw if raw.startswith(("model.", "lm_head.")) else f"model.{raw}"
+            name = raw if raw.startswith((prefix, "lm_head.")) else f"{prefix}{raw}"
             if name in places:
                 raise FormatError(file.path, raw, f"the same parameter as in {places[name][0].path}", "it once")
             places[name] = (file, raw)
@@ -182,11 +201,12 @@ def _read(places: Places, name: str, shape: tuple[int, ...]) -> np.ndarray:
     file, raw = places[name]
     if file.dtype(raw) not in FLOATS:
         raise FormatError(file.path, raw, f"dtype {file.dtype(raw)}", " or ".join(FLOATS))
-    if file.shape(raw) != shape:
-        raise FormatError(file.path, name, f"shape {shown(file.shape(raw))}", f"shape {shape}")
+    needed = shape[::-1] if _is_turned(name) else shape
+    if file.shape(raw) != needed:
+        raise FormatError(file.path, name, f"shape {shown(file.shape(raw))}", f"shape {needed}")
     array = file.read(raw).astype(np.float32, copy=False)
     require_finite(file.path, raw, array)
-    return array
+    return _turned(name, array)
 
 
 def _read_quantized(places: Places, name: str, shape: tuple[int, ...], keep: bool) -> np.ndarray | NF4Tensor:
@@ -235,7 +255,7 @@ def _thawed(weight: Any) -> Any:
 
 
 def _check(folder: Path, config: Config, params: Params) -> None:
-    expected = llama.shapes(config)
+    expected = module_of(config).shapes(config)
     if different := set(expected) ^ set(params):
         name = min(different)
         found, needed = (
@@ -252,7 +272,8 @@ def _check(folder: Path, config: Config, params: Params) -> None:
 
 
 def _is_linear(name: str) -> bool:
-    return name == llama.HEAD or name.split(".")[-2] in llama.LINEAR_MODULES
+    modules = {*llama.LINEAR_MODULES, *gpt2.LINEAR_MODULES}
+    return name == llama.HEAD or (name.endswith(".weight") and name.split(".")[-2] in modules)
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def parse_config(values: dict[str, Any], path: Path | str) -> Config:
     """The Config that a config.json describes. Raises FormatError for a wrong value or an unsupported feature."""
     fields = Fields(path, values)
     if values.get("model_type") != "llama":
-        raise fields.error("model_type", "'llama'")
+        raise fields.error("model_type", "'llama' or 'gpt2'")
     fields.refuse("hidden_act", ("silu",), "'silu'")
     fields.refuse("attention_bias", (False,), "false: projections with a bias are not supported")
     fields.refuse("mlp_bias", (False,), "false: projections with a bias are not supported")

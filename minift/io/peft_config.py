@@ -13,6 +13,7 @@ from typing import Any
 
 from minift.io.errors import FormatError
 from minift.io.json_file import Fields
+from minift.models import gpt2
 from minift.peft.lora import Adapter
 from minift.peft.targets import ALL_LINEAR, Selection, as_pattern, expression, pattern_values
 
@@ -33,6 +34,7 @@ READ = {
 }
 NO_MATTER = {  # for what the tensors mean
     "auto_mapping",
+    "fan_in_fan_out",  # how the base lies in memory; PEFT itself sets it right where it is not
     "base_model_name_or_path",
     "inference_mode",
     "loftq_config",
@@ -46,7 +48,6 @@ UNUSED: tuple[object, ...] = (None, False, "none", {}, [])  # any other key must
 NOT_SUPPORTED = "it unset: this variant of LoRA is not supported; merge it with PEFT and load the merged model"
 INSTEAD = {
     "ensure_weight_tying": "false: untie the model's embeddings, and train one of the two",
-    "fan_in_fan_out": "false: weights of linear layers are (out, in) here, as in PyTorch, where PEFT itself unsets it",
 }
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # ways to initialize that also alter W
 CONVERTED = (
@@ -103,7 +104,7 @@ def format_config(adapter: Adapter, base_model_name_or_path: str) -> dict[str, A
         "auto_mapping": None,
         "base_model_name_or_path": base_model_name_or_path,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(path.split(".")[-1] in gpt2.LINEAR_MODULES for path in ranks),  # in transformers' GPT-2
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": adapter.lora_alpha,

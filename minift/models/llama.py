@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from minift.models import generation
+from minift.models.layout import slots_and_positions
 from minift.nn.attention import KVCache, attention, causal_mask
 from minift.nn.dropout import fold_in
 from minift.nn.embedding import embedding
@@ -37,6 +38,7 @@ from minift.nn.weight import Arrays, Frozen, Params, add, dense, gradients, lear
 from minift.peft import soft_prompt
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIX = "model."  # of every name but the head's; files of the bare network leave it out
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # they read the same x
 
@@ -418,12 +420,7 @@ def _layout(x, config, segments, prefix, cache) -> _Layout:
         before = before + prefix.shape[3]
     if cache is not None:
         before = before + cache.lengths
-    slots = before[:, None] + np.arange(tokens)  # (B, T): where each token's key stands
-    if segments is None:
-        positions = slots
-    else:
-        starts = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-        positions = slots - np.maximum.accumulate(np.where(starts, np.arange(tokens), 0), axis=1)
+    slots, positions = slots_and_positions(before, tokens, segments)
     omega = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rotations(positions, omega, x.dtype)
     return _Layout(cos, sin, causal_mask(slots, int(before.max(initial=0)) + tokens, segments))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from minift.data.batches import Encoded, count_labels, pad
-from minift.models import llama
+from minift.models import Config
 from minift.nn.weight import Params
 from minift.train.engine import NUMPY
 
@@ -13,7 +13,7 @@ from minift.train.engine import NUMPY
 def held_out_loss(
     params: Params,
     examples: Sequence[Encoded],
-    config: llama.Config,
+    config: Config,
     batch_size: int = 16,
     value: Callable[..., float] = NUMPY.value,
 ) -> float:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from minift.models import llama
+from minift.models import Config, llama, module_of
 from minift.nn.weight import Params, dense, freeze
 from minift.peft import lora, p_tuning, prefix_tuning, prompt_tuning, qlora
 
@@ -28,7 +28,7 @@ SOFT_PROMPTS = ("prompt", "prefix", "p-tuning")
 def prepare(
     method: Method,
     params: Params,
-    config: llama.Config,
+    config: Config,
     *,
     rng: np.random.Generator,
     target_modules: str | Iterable[str] = "all-linear",
@@ -40,12 +40,12 @@ def prepare(
     prompt_tokens: np.ndarray | None = None,
     encoder: p_tuning.Encoder = "MLP",
     encoder_hidden_size: int | None = None,
-) -> tuple[dict[str, Any], llama.Config]:
+) -> tuple[dict[str, Any], Config]:
     """The parameters with what the method trains free to learn and the rest frozen.
 
     `head` unties tied embeddings, since the input table is not to move with the output matrix; therefore a
     configuration comes back too. `prompt_tokens` are those of the text that `prompt` starts from. ValueError for an
-    unknown method."""
+    unknown method, and for a soft prompt before a model that is not Llama."""
     options: dict[str, Any] = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -56,12 +56,15 @@ def prepare(
     if method == "full":
         return dict(params), config
     if method == "head":
-        head = dense(params[llama.head_name(config)])
-        return freeze(params) | {llama.HEAD: head.copy()}, dataclasses.replace(config, tie_word_embeddings=False)
+        model = module_of(config)
+        head = dense(params[model.head_name(config)])
+        return freeze(params) | {model.HEAD: head.copy()}, dataclasses.replace(config, tie_word_embeddings=False)
     if method == "lora":
         return lora.attach(params, target_modules, **options), config
     if method == "qlora":
         return qlora.attach(params, target_modules, **options), config
+    if method in SOFT_PROMPTS and not isinstance(config, llama.Config):
+        raise ValueError(f"method is {method!r}, and soft prompts stand before Llama models only: use 'lora'")
     if method == "prompt":
         start = {"rng": rng} if prompt_tokens is None else {"tokens": prompt_tokens}
         return prompt_tuning.attach(params, num_virtual_tokens, **start), config

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minift.data.batches import Batch
-from minift.models import llama
+from minift.models import Config, module_of
 from minift.nn.losses import IGNORE_INDEX, linear_cross_entropy
 from minift.nn.weight import Params, gradients
 
@@ -15,7 +15,7 @@ from minift.nn.weight import Params, gradients
 def loss(
     params: Params,
     batch: Batch,
-    config: llama.Config,
+    config: Config,
     normalizer: float | None = None,
     dropout_key: int | None = None,
     recompute: bool = False,
@@ -28,7 +28,8 @@ def loss(
     Only positions whose next label counts are multiplied by the head: with loss on the answers alone, a fraction
     of the logits is formed. `recompute` is that of `llama.backbone` and `linear_cross_entropy`.
     """
-    hidden, backbone_vjp = llama.backbone(
+    model = module_of(config)
+    hidden, backbone_vjp = model.backbone(
         params,
         batch.tokens,
         config,
@@ -39,7 +40,7 @@ def loss(
     )
     next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
     counting = np.nonzero(next_labels != IGNORE_INDEX)  # (rows, positions)
-    name = llama.head_name(config)
+    name = model.head_name(config)
     value, loss_vjp = linear_cross_entropy(
         hidden[counting], params[name], next_labels[counting], normalizer, recompute=recompute
     )

@@ -179,9 +179,13 @@ def test_encode_all_counts_what_does_not_fit():
     long, short = pair("a", "b" * 50), pair("a", "b")
     prompt = len(encode_prompt(short.messages[:1], TOKENIZER))
     found = encode_all([long, short, pair("a" * 99, "b"), Example(text="b" * 50)], TOKENIZER, max_length=prompt + 3)
-    assert (len(found.examples), found.truncated, found.dropped) == (3, 2, 1)
-    assert [len(t) for t, _ in found.examples] == [prompt + 3] * 3
-    assert [int((y != -100).sum()) for _, y in found.examples] == [3, 2, prompt + 3]
+    answers, rows = found.examples[:2], found.examples[2:]  # of a plain text nothing is cut off
+    assert (found.truncated, found.dropped) == (1, 1)
+    assert [len(t) for t, _ in answers] == [prompt + 3] * 2
+    assert [int((y != -100).sum()) for _, y in answers] == [3, 2]
+    text = [*TOKENIZER.encode("b" * 50), TOKENIZER.eos_token_id]
+    assert [int(y) for _, labels in rows for y in labels[1:]] == text[1:]
+    assert max(len(t) for t, _ in rows) == prompt + 3
     none = encode_all([long, short], TOKENIZER, max_length=prompt)
     assert (none.examples, none.truncated, none.dropped) == ([], 0, 2)
     every = encode_all([long, short], TOKENIZER)

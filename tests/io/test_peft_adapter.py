@@ -160,7 +160,6 @@ def test_refuses_variants_that_peft_writes(tmp_path, settings, key):
     "changes, message",
     [
         ({"peft_type": "IA3"}, "peft_type: found 'IA3'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out: found True"),
         ({"something_new": {"a": 1}}, "something_new: found"),
         ({"r": 4}, r"adapter_model.safetensors: .*lora_A.weight: found shape \(3, 48\), needed \(4, in\)"),
         ({"r": 0}, "r: found 0"),
