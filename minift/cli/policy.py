@@ -81,7 +81,7 @@ def _merged(params: Params) -> tuple[dict[str, Any], dict[str, Any], lora.Adapte
 
 
 def digest(folder: Path) -> str:
-    """Of the weights in a folder."""
+    """Of the weights in a folder: an adapter that was trained anew is another one."""
     sha256 = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         sha256.update(path.read_bytes())

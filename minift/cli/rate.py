@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import termios
@@ -19,6 +18,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minift.cli.common import answer, console, emit, load_with_adapter
+from minift.cli.policy import digest
 from minift.data import candidates, comparisons
 from minift.data.candidates import Candidates
 from minift.data.comparisons import Comparison, as_text
@@ -144,7 +144,7 @@ class Rate:
         Each question has its own generator, so that sampling can stop after any of them."""
         source = {
             "model": self.model,
-            "adapter": None if self.adapter is None else f"{self.adapter}, sha256 {_digest(self.adapter)}",
+            "adapter": None if self.adapter is None else f"{self.adapter}, sha256 {digest(self.adapter)}",
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
@@ -221,14 +221,6 @@ class Person:
         if said == "quit":
             raise Quit
         return said
-
-
-def _digest(folder: Path) -> str:
-    """Of the weights in a folder: one that was trained anew answers otherwise."""
-    sha256 = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        sha256.update(path.read_bytes())
-    return sha256.hexdigest()[:16]
 
 
 def visible(text: str) -> str:
