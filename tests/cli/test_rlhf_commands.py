@@ -1,18 +1,20 @@
 """minift reward, dpo, ppo and rlhf, at sizes that take seconds: what they print, save, refuse and go on from."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from minift.cli.ppo import Ppo
 from minift.data import comparisons
 from minift.data.comparisons import Comparison
 from minift.data.example import Message
 from minift.io import load_adapter, load_model, load_tokenizer, save_adapter
 from minift.nn.weight import replace, trainable
 from minift.peft import lora
-from minift.rlhf import reward_model, training
+from minift.rlhf import ppo, reward_model, training
 from minift.rlhf.rollouts import scored_by_model
 
 SIZES = ["--max-new-tokens", 6, "--eval-questions", 8, "--batch-size", 8, "--rounds", 2]
@@ -143,6 +145,78 @@ def test_a_reward_that_is_none_is_refused(call, sft, short, tmp_path, source, co
     status, _, captured = call("ppo", "--reward", source, "--out", tmp_path / "out")
     assert status == 2 and any(part in captured.err for part in complaint.split("|"))
     assert not (tmp_path / "out").exists()
+
+
+# --- switches ---------------------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """What a training was told."""
+
+
+def told(monkeypatch, call, name, *arguments):
+    """The arguments that a command passes on to `training.NAME`, which is not run."""
+
+    def tell(*given, **options):
+        raise Reached(given, options)
+
+    monkeypatch.setattr(training, name, tell)
+    with pytest.raises(Reached) as caught:
+        call(*arguments)
+    return caught.value.args
+
+
+OF_PPO = {
+    "num_ppo_epochs": 3,
+    "num_mini_batches": 2,
+    "kl_coef": 0.3,
+    "kl_estimator": "k3",
+    "kl_target": 4.0,
+    "kl_horizon": 500.0,
+    "cliprange": 0.1,
+    "vf_coef": 0.7,
+    "cliprange_value": None,
+    "entropy_coef": 0.02,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "whiten_rewards": True,
+    "whiten_advantages": False,
+    "missing_eos_penalty": 1.5,
+    "target_kl": 0.05,
+    "temperature": 0.6,
+}
+
+
+def test_every_detail_of_ppo_is_a_switch_of_the_command(call, short, monkeypatch):
+    """Each with TRL's name and the default of `ppo.Settings`, a sentence in --help, and an effect on what is run."""
+    defaults = {f.name: f.default for f in dataclasses.fields(ppo.Settings)}
+    assert OF_PPO.keys() == defaults.keys()
+    assert all(OF_PPO[name] != default for name, default in defaults.items())
+    of_command = {f.name: f.default for f in dataclasses.fields(Ppo)}
+    assert defaults.items() <= of_command.items()
+
+    switches = []
+    for name, value in OF_PPO.items():
+        option = name.replace("_", "-")
+        switches += [f"--{option}" if value is True else f"--no-{option}"] if isinstance(value, bool) else []
+        switches += [f"--{option}", value] if not isinstance(value, bool) else []
+    given, options = told(monkeypatch, call, "train_ppo", "ppo", "--reward", short, *switches, "--no-normalize-rewards")
+    assert dataclasses.asdict(given[6]) == OF_PPO and options["normalize_rewards"] is False
+
+
+def test_the_details_of_dpo_and_of_the_reward_model_are_switches(call, rated, monkeypatch):
+    chosen = {"beta": 0.3, "label_smoothing": 0.1, "loss_type": "ipo"}
+    switches = [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", value)]
+    assert told(monkeypatch, call, "train_dpo", "dpo", rated, *switches)[1].items() >= chosen.items()
+    found = told(monkeypatch, call, "train_reward_model", "reward", rated, "--center", 0.2)[1]
+    assert found["center"] == 0.2
+
+
+def test_a_leash_that_cannot_be_steered_is_refused_before_anything_is_written(call, short, tmp_path):
+    arguments = ["--reward", short, "--out", tmp_path / "ppo", "--kl-target", 1, "--kl-horizon", 10, *SIZES[:4]]
+    status, _, captured = call("ppo", *arguments, "--batch-size", 64)
+    assert status == 2 and "horizon is 10.0 for rounds of 64 answers" in captured.err
+    assert not (tmp_path / "ppo").exists()
 
 
 # --- the circle -------------------------------------------------------------------------------------------------------
