@@ -19,11 +19,16 @@ def rounding_bound(params, config, tokens, seed=0, u=None):
     """What weights changed by √K u, K the longest sum of the model, do to the logits; and the exact logits.
 
     u is float32's unless it is given."""
+    return bound_of(lambda p: llama.forward(p, tokens, config, recompute=True)[0], params, config, seed, u)
+
+
+def bound_of(outputs, params, config, seed=0, u=None):
+    """The same of any `outputs(params) -> array`, such as the scores of a reward model."""
     rng = np.random.default_rng(seed)
     exact_params = {name: dense(w).astype(np.float64) for name, w in params.items()}
-    exact, _ = llama.forward(exact_params, tokens, config, recompute=True)
+    exact = outputs(exact_params)
     longest = max(config.intermediate_size, config.hidden_size)
     size = np.sqrt(longest) * (unit_roundoff(np.float32) if u is None else u)
     for weight in exact_params.values():  # in place: a real model takes a gigabyte
         weight *= 1 + size * rng.choice(np.array([-1, 1], np.int8), weight.shape)
-    return np.abs(llama.forward(exact_params, tokens, config, recompute=True)[0] - exact).max(), exact
+    return np.abs(outputs(exact_params) - exact).max(), exact

@@ -38,7 +38,8 @@ class Ppo:
     """
 
     reward: str
-    """A folder that `minift reward` has written, or FILE.py:FUNCTION for any f(prompt, answer) -> float."""
+    """A folder that `minift reward` has written (adapter, or with --whole model), or FILE.py:FUNCTION for any
+    f(prompt, answer) -> float."""
     model: str = "tiny"
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None

@@ -14,6 +14,7 @@ from minift.io.huggingface import save_model
 from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
 from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, load_adapters, save_adapter
 from minift.io.peft_prompt import load_prompt, prompt_kind, save_prompt
+from minift.io.reward_model import is_reward_model, load_reward_model, save_reward_model
 from minift.io.tokenizer import Tokenizer
 from minift.models.llama import Config
 
@@ -24,11 +25,13 @@ __all__ = [
     "adapter_names",
     "atomic_folder",
     "atomic_write",
+    "is_reward_model",
     "load_adapter",
     "load_adapters",
     "load_mlx_adapter",
     "load_model",
     "load_prompt",
+    "load_reward_model",
     "load_tokenizer",
     "prompt_kind",
     "refuse_to_destroy",
@@ -37,6 +40,7 @@ __all__ = [
     "save_mlx_adapter",
     "save_model",
     "save_prompt",
+    "save_reward_model",
 ]
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"

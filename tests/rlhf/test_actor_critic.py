@@ -81,7 +81,7 @@ def test_forward_kill_matrix():
 
 def test_a_fresh_value_head_is_zero_and_learns():
     params = with_value_head(small_policy.params("lora"))
-    assert VALUE in trainable(params)
+    assert VALUE == "value.weight" and VALUE in trainable(params)  # its name in checkpoints
     (_, _, values), vjp = forward(params, small_policy.batch(), CONFIG)
     assert not values.any()
     zero = np.zeros_like(values)
@@ -137,6 +137,8 @@ def test_rollouts_come_apart_and_add_up():
     params = model()
     rollouts = moved_on(a_round(params))
     assert (len(rollouts), rollouts.count) == (5, int(counts(rollouts.batch).sum()))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rollouts.advantages = rollouts.returns
     whole, vjp = actor_critic.loss(params, rollouts, CONFIG, SETTINGS)
     parts = [rollouts.take(np.array(rows)) for rows in ([4, 1], [0, 3], [2])]
     parts = [part.cut(int(part.lengths.max())) for part in parts]
