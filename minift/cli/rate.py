@@ -28,7 +28,7 @@ from minift.data.stdlib_docs import embedded
 from minift.io import load_tokenizer
 from minift.models import llama
 from minift.models.generation import check_settings
-from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate
+from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate, visible
 from minift.rlhf.rubric import gold
 from minift.train.loop import at_least
 
@@ -207,7 +207,7 @@ def _key(pair: Pair) -> tuple[tuple[Message, ...], frozenset[str]]:
 
 
 class Person:
-    """A rater that shows two answers side by side and asks; works in a notebook too, with a line of input.
+    """A rater that shows two answers side by side and asks. For buttons in a notebook see `minift.notebook`.
 
     Raises Quit, and EOFError where there is nobody to ask any more."""
 
@@ -221,13 +221,6 @@ class Person:
         if said == "quit":
             raise Quit
         return said
-
-
-def visible(text: str) -> str:
-    """The text with what would move the cursor, change colors or not be seen at all written out."""
-    if not text.strip():
-        return "(nothing)"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _pressed(prompt: str) -> str:
