@@ -69,9 +69,9 @@ class Ppo:
     kl_coef: float = 0.05
     """What a nat of KL costs, in units of the normalized reward. Smaller: a longer leash."""
     kl_target: float | None = None
-    """Nats an answer that --kl-coef is steered towards, up to a fifth of the way each --kl-horizon answers."""
+    """Nats an answer that --kl-coef is steered towards; it changes by at most a fifth in --kl-horizon answers."""
     kl_horizon: float = 10_000
-    """Answers that --kl-coef takes to follow --kl-target; fewer steer faster, at least a fifth of --batch-size."""
+    """Answers that --kl-coef takes to follow --kl-target: fewer steer faster; at least a fifth of --batch-size."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the KL of a token is estimated; k1 is right on average, k3 is never negative."""
     cliprange: float = 0.2
