@@ -140,7 +140,9 @@ def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in NAMES:
             yield node, NAMES[node.id]
         elif isinstance(node, ast.Attribute) and node.attr in NAMES:
-            yield node, f"{text(node.value)}.{NAMES[node.attr]}"
+            operand = text(node.value)
+            grouped = isinstance(node.value, (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp))
+            yield node, f"({operand}).{NAMES[node.attr]}" if grouped else f"{operand}.{NAMES[node.attr]}"
         elif isinstance(node, (ast.Raise, ast.Expr)):
             yield node, "pass"
         elif isinstance(node, ast.Return) and node.value is not None:

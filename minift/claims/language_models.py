@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minift.claims.claim import Claim, holds, rounded
-from minift.io import load_model
+from minift.io import load_llama
 from minift.models import llama
 from minift.nn.losses import cross_entropy
 
@@ -20,7 +20,7 @@ def loss_at_the_start() -> Claim:
 
     Small random weights give logits near zero, so every token has about the probability 1/V. The built-in model's
     sizes (V = 2,048) with fresh weights, on 256 random tokens."""
-    config, _ = load_model("tiny")
+    config, _ = load_llama("tiny")
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (4, 65))
     logits, _ = llama.forward(llama.initialize(config, rng), tokens[:, :-1], config)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minift.claims.claim import TEXTBOOK, Claim, depends, holds, near, rounded
-from minift.io import load_model
+from minift.io import load_llama
 from minift.models import llama
 from minift.nn.weight import Frozen, Params, trainable
 from minift.peft import lora
@@ -35,7 +35,7 @@ def rectangular_matrix() -> Claim:
     """For a matrix of d × k, (d + k)·r numbers learn.
 
     A is r × k, B is d × r. Counted on all linear layers of the built-in model, of which most are not square."""
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     expected = sum(8 * (d + k) for d, k in (params[name].shape for name in lora.targets(params, "all-linear")))
     found = _adapter_on(params, 8)
     how = f"{7 * config.num_hidden_layers} linear layers of the built-in model, r = 8, added up"
@@ -136,7 +136,7 @@ def starts_as_the_base() -> Claim:
 
     The logits of the built-in model with a fresh adapter and without one are compared bit for bit. And B must move
     first: A's gradient is exactly zero, B's is not."""
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     fresh = lora.attach(params, rng=np.random.default_rng(0))
     plain, _ = llama.forward(params, TOKENS, config)
     adapted, vjp = llama.forward(fresh, TOKENS, config)
@@ -240,7 +240,7 @@ def _products(params: Params, config: llama.Config) -> int:
 @lru_cache(maxsize=1)
 def _adapted() -> tuple[llama.Config, dict[str, Any]]:
     """The built-in model with an adapter of r = 8 whose B is a tenth of the size of A instead of zero."""
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     rng = np.random.default_rng(0)
     fresh = lora.attach(params, rng=rng)
     filled = {

@@ -12,7 +12,7 @@ from minift.claims.nf4 import PAPER as QLORA
 from minift.data.batches import pad
 from minift.data.stdlib_docs import instruction_pairs
 from minift.data.templates import encode_all
-from minift.io import load_model, load_tokenizer
+from minift.io import load_llama, load_tokenizer
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
 from minift.optim.paged import PagedAdamW
@@ -103,7 +103,7 @@ def _state_bytes(optimizer: AdamW | AdamW8bit) -> float:
 
 @lru_cache(maxsize=2)
 def _last_loss(optimizer: Optimizer) -> float:
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     pairs = instruction_pairs()[: 8 * STEPS]
     examples = encode_all(pairs, load_tokenizer("tiny"), max_length=128).examples
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from minift.claims.claim import TEXTBOOK, Claim, depends, holds, rounded
 from minift.claims.nf4 import PAPER
-from minift.io import load_model
+from minift.io import load_llama
 from minift.models import llama
 from minift.nn.weight import dense
 from minift.peft import lora
@@ -130,7 +130,7 @@ def as_good_as_16_bits() -> Claim:
 
     What the built-in model can say of it: nothing. It was shipped in NF4, so quantizing it again changes no weight. A
     model that has never been in 4 bits is needed; SmolLM2's GGUF file, with its 16 values a block, is none either."""
-    _, params = load_model("tiny")
+    _, params = load_llama("tiny")
     weights = [dense(params[name]) for name in lora.targets(params, "all-linear")]
     lost = sum(float(np.sum((nf4.dequantize(nf4.quantize(w)) - w) ** 2)) for w in weights)
     norm = sum(float(np.sum(np.square(w))) for w in weights)

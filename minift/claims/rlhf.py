@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minift.claims.claim import Claim, depends, holds, rounded
-from minift.io import load_model
+from minift.io import load_llama
 from minift.rlhf import ppo
 from minift.rlhf.logprobs import answers, counts, sequence_log_probs
 from minift.rlhf.measure import best_of
@@ -42,7 +42,7 @@ def first_ratio() -> Claim:
 
     Log-probabilities of random answers under the built-in model, once as they are kept with the answers (without
     activations), and once as the first step computes them: every ρ must be 1 to the bit."""
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     rng = np.random.default_rng(0)
     batch = answers(rng.integers(0, config.vocab_size, (4, 24)), np.array([5, 6, 7, 8]), np.array([24, 20, 18, 22]))
     (old, _), _ = sequence_log_probs(params, batch, config, recompute=True)

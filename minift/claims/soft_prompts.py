@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minift.claims.claim import Claim, depends, holds
-from minift.io import load_model
+from minift.io import load_llama
 from minift.models import llama
 from minift.nn.weight import trainable
 from minift.peft import p_tuning, prefix_tuning, prompt_tuning, soft_prompt
@@ -87,7 +87,7 @@ CLAIMS: dict[str, Callable[[], Claim]] = {
 
 
 def _folded(source: str, place: str, attach: Callable) -> Claim:
-    config, params = load_model("tiny")
+    config, params = load_llama("tiny")
     with_network = attach(params, 6, rng=np.random.default_rng(0), encoder_hidden_size=16)
     tokens = np.array([[3, 1, 4, 1, 5]])
     whole, _ = llama.forward(with_network, tokens, config)

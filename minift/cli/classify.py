@@ -25,7 +25,7 @@ from minift.io import (
     encoder_folder,
     is_encoder,
     load_encoder,
-    load_model,
+    load_llama,
     load_tokenizer,
     refuse_to_destroy,
     save_adapter,
@@ -188,7 +188,7 @@ class Classify:
         """The model itself learns, or a part of it."""
         train, held_out = encoded
         rng = np.random.default_rng(settings.seed)
-        adapter = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        adapter: dict[str, Any] = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
         prepared = classify.prepare(self.method, params, config, len(task.labels), rng=rng, **adapter)
         shared = side_by_side(lambda p, part, whole, key: classify.loss(p, part, config, whole, key))
 
@@ -286,7 +286,7 @@ def load(source: str) -> tuple[Config, dict[str, Any], Tokenizer]:
     if is_encoder(source):
         config, params = load_encoder(source)
         return config, dict(params), Tokenizer.load(encoder_folder(source))
-    llama_config, llama_params = load_model(source)
+    llama_config, llama_params = load_llama(source)
     return llama_config, llama_params, load_tokenizer(source)
 
 

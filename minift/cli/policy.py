@@ -19,8 +19,17 @@ from minift.data.comparisons import Comparison
 from minift.data.example import Example, Message
 from minift.data.json_lines import read_lines, string
 from minift.data.stdlib_docs import embedded
-from minift.io import Tokenizer, load_adapter, load_model, load_tokenizer, save_adapter
+from minift.io import (
+    Tokenizer,
+    is_reward_model,
+    load_adapter,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    save_adapter,
+)
 from minift.models import llama
+from minift.models.classifier import SCORE
 from minift.nn.weight import Params, freeze
 from minift.peft import lora, qlora
 from minift.rlhf import reward_model
@@ -82,7 +91,7 @@ def _merged(params: Params) -> tuple[dict[str, Any], dict[str, Any], lora.Adapte
 
 
 def digest(folder: Path) -> str:
-    """Of the weights in a folder."""
+    """Of the weights in a folder: an adapter that was trained anew is another one."""
     sha256 = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         sha256.update(path.read_bytes())
@@ -91,7 +100,7 @@ def digest(folder: Path) -> str:
 
 def identity(command: Any, start: Start, *texts: str) -> dict[str, Any]:
     """What must agree for a checkpoint to be this run's, beside the loop's settings: also the texts themselves."""
-    elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json"}
+    elsewhere = {f.name for f in dataclasses.fields(Settings)} | {"out", "resume", "json", "whole"}
     elsewhere |= {"adapter", "comparisons", "reward"}  # as digests, wherever they lie
     said = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     values = {n: str(v) if isinstance(v, Path) else v for n, v in dataclasses.asdict(command).items()}
@@ -163,17 +172,20 @@ def texts(found: Sequence[Comparison]) -> list[str]:
 
 
 def load_reward(source: str, model: str) -> Score:
-    """A reward model's adapter folder (for the same base model), or FILE.py:FUNCTION.
+    """A reward model's adapter folder (for the same base model), a whole reward model, or FILE.py:FUNCTION.
 
     Raises FormatError for the folder, ValueError for a function that is not there."""
     path, _, name = source.rpartition(":")
     if path.endswith(".py"):
         return scored_by_function(_function(Path(path), name))
+    if is_reward_model(source):
+        config, params = load_reward_model(source)
+        return scored_by_model(freeze(params), config, load_tokenizer(source))
     found, params = load_model(model)
     config = llama_only(found, model, "a reward model")
     headed = reward_model.with_head(params, np.random.default_rng(0))
     adapter = load_adapter(Path(source), headed)
-    if reward_model.SCORE not in adapter.arrays:
+    if SCORE not in adapter.arrays:
         raise ValueError(f"{source} is an adapter without a score head, needed one that `minift reward` has trained")
     return scored_by_model(lora.merge(put_on(headed, adapter)), config, load_tokenizer(model))
 

@@ -38,7 +38,8 @@ class Ppo:
     """
 
     reward: str
-    """A folder that `minift reward` has written, or FILE.py:FUNCTION for any f(prompt, answer) -> float."""
+    """A folder that `minift reward` has written (adapter, or with --whole model), or FILE.py:FUNCTION for any
+    f(prompt, answer) -> float."""
     model: str = "tiny"
     """tiny (built in), a Hugging Face folder of a Llama model, or a .gguf file."""
     adapter: Path | None = None
@@ -66,29 +67,36 @@ class Ppo:
     num_mini_batches: int = 1
     """Updates a pass."""
     kl_coef: float = 0.05
-    """What a nat of KL costs, in standard deviations of the first policy's reward. Smaller: a longer leash."""
+    """What a nat of KL costs, in units of the normalized reward. Smaller: a longer leash."""
     kl_target: float | None = None
-    """Nats an answer that --kl-coef is steered towards."""
+    """Nats an answer that --kl-coef is steered towards; it changes by at most a fifth in --kl-horizon answers."""
+    kl_horizon: float = 10_000
+    """Answers that --kl-coef takes to follow --kl-target: fewer steer faster; at least a fifth of --batch-size."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """How the KL of a token is estimated; k1 is right on average, k3 is never negative."""
     cliprange: float = 0.2
-    """How far a token's probability may move in a round before it earns nothing more."""
+    """How far a token's probability may move in a round, as a ratio, before it earns nothing more."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     cliprange_value: float | None = 0.2
-    """The same for values; None does not clip."""
+    """How far a value may move in a round, in units of the reward; None does not clip."""
     entropy_coef: float = 0.0
     """Reward for staying undecided."""
+    gamma: float = 1.0
+    """What a reward is worth one token earlier; 1 does not discount."""
     lam: float = 0.95
     """GAE: 0 trusts the values, 1 the rewards."""
+    normalize_rewards: bool = True
+    """Shift and scale rewards so that the first policy's have mean 0 and variance 1; without, they are taken as is."""
     whiten_rewards: bool = False
-    """Scale the rewards of a round to variance 1."""
+    """Scale what the tokens of a round earn, KL and all, to variance 1; its mean stays."""
     whiten_advantages: bool = True
     """Scale the advantages of a round to mean 0 and variance 1."""
     missing_eos_penalty: float = 0.0
-    """What an answer loses that did not come to its end within --max-new-tokens."""
+    """What an answer loses that was cut off at --max-new-tokens, in units of the normalized reward."""
     target_kl: float | None = None
-    """Nats a token between the policy and the one that wrote the answers at which a round ends early."""
+    """Nats a token between the policy and the one that wrote the answers: an update that begins above them is the
+    round's last."""
     eval_questions: int = 400
     """Held-out questions that reward and gold are measured on."""
     eval_every: int = 10
@@ -187,6 +195,7 @@ def train(
             evaluate=lambda step, params: {"held_out": True} | measured(params).record(),
             batch_size=command.batch_size,
             max_new_tokens=command.max_new_tokens,
+            normalize_rewards=command.normalize_rewards,
             folder=out,
             identity=identity(command, begin, judge, *(as_text(prompt) for prompt in (*learn, *held_out))),
             resume=resume,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import termios
@@ -19,6 +18,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minift.cli.common import answer, console, emit, load_with_adapter
+from minift.cli.policy import digest
 from minift.data import candidates, comparisons
 from minift.data.candidates import Candidates
 from minift.data.comparisons import Comparison, as_text
@@ -28,7 +28,7 @@ from minift.data.stdlib_docs import embedded
 from minift.io import load_tokenizer
 from minift.models import module_of
 from minift.models.generation import check_settings
-from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate
+from minift.rlhf.raters import Choice, FunctionRater, Pair, Rater, RubricRater, agreement, pairs, rate, visible
 from minift.rlhf.rubric import gold
 from minift.train.loop import at_least
 
@@ -144,7 +144,7 @@ class Rate:
         Each question has its own generator, so that sampling can stop after any of them."""
         source = {
             "model": self.model,
-            "adapter": None if self.adapter is None else f"{self.adapter}, sha256 {_digest(self.adapter)}",
+            "adapter": None if self.adapter is None else f"{self.adapter}, sha256 {digest(self.adapter)}",
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
@@ -207,7 +207,7 @@ def _key(pair: Pair) -> tuple[tuple[Message, ...], frozenset[str]]:
 
 
 class Person:
-    """A rater that shows two answers side by side and asks; works in a notebook too, with a line of input.
+    """A rater that shows two answers side by side and asks. For buttons in a notebook see `minift.notebook`.
 
     Raises Quit, and EOFError where there is nobody to ask any more."""
 
@@ -221,21 +221,6 @@ class Person:
         if said == "quit":
             raise Quit
         return said
-
-
-def _digest(folder: Path) -> str:
-    """Of the weights in a folder: one that was trained anew answers otherwise."""
-    sha256 = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        sha256.update(path.read_bytes())
-    return sha256.hexdigest()[:16]
-
-
-def visible(text: str) -> str:
-    """The text with what would move the cursor, change colors or not be seen at all written out."""
-    if not text.strip():
-        return "(nothing)"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _pressed(prompt: str) -> str:

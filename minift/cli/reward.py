@@ -14,7 +14,7 @@ from minift.cli.common import console, emit
 from minift.cli.policy import Start, identity, read_comparisons, start, stopped, texts
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.comparisons import Comparison
-from minift.io import refuse_to_destroy, save_adapter
+from minift.io import refuse_to_destroy, save_adapter, save_reward_model
 from minift.nn.weight import trainable
 from minift.peft import lora, qlora
 from minift.rlhf import reward_model, training
@@ -56,6 +56,8 @@ class Reward:
     """Rank of the adapter, where none is given."""
     center: float = 0.01
     """Holds the mean of the rewards near 0, which the loss itself leaves free; 0 does not."""
+    whole: bool = False
+    """Also write the whole reward model to --out/model, as transformers' LlamaForSequenceClassification."""
     held_out: float = 0.1
     """Share of the questions whose comparisons are kept to measure on."""
     eval_every: int = 50
@@ -72,6 +74,8 @@ class Reward:
     def run(self) -> int:
         started = time.perf_counter()
         refuse_to_destroy(self.out / "adapter", {"adapter_config.json"})
+        if self.whole:
+            refuse_to_destroy(self.out / "model", {"config.json"})
         found = read_comparisons(self.comparisons)
         begin = start(self.model, self.adapter)
         options = {"folder": self.out, "identity": identity(self, begin, *texts(found)), "resume": self.resume}
@@ -79,6 +83,8 @@ class Reward:
         if stopped(result):
             return 130
         save_adapter(self.out / "adapter", lora.detach(result.params)[1], begin.base, overwrite=True)
+        if self.whole:
+            save_reward_model(self.out / "model", begin.config, result.params, begin.tokenizer, overwrite=True)
         draw_losses(result.records, self.out / "loss.png", "reward model")
         summary = judged(result, held_out, begin) | {
             "comparisons": len([c for c in found if not c.tie]),

@@ -15,8 +15,9 @@ from minift.io.huggingface import save_model
 from minift.io.mlx_adapter import load_mlx_adapter, save_mlx_adapter
 from minift.io.peft_adapter import adapter_kind, adapter_names, load_adapter, load_adapters, save_adapter
 from minift.io.peft_prompt import load_prompt, prompt_kind, save_prompt
+from minift.io.reward_model import is_reward_model, load_reward_model, save_reward_model
 from minift.io.tokenizer import Tokenizer
-from minift.models import Config
+from minift.models import Config, llama, module_of
 from minift.quant.sixteen import Dtype
 
 __all__ = [
@@ -28,12 +29,15 @@ __all__ = [
     "atomic_write",
     "encoder_folder",
     "is_encoder",
+    "is_reward_model",
     "load_adapter",
     "load_adapters",
     "load_encoder",
+    "load_llama",
     "load_mlx_adapter",
     "load_model",
     "load_prompt",
+    "load_reward_model",
     "load_tokenizer",
     "prompt_kind",
     "refuse_to_destroy",
@@ -42,6 +46,7 @@ __all__ = [
     "save_mlx_adapter",
     "save_model",
     "save_prompt",
+    "save_reward_model",
 ]
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -58,6 +63,15 @@ def load_model(
     if path.is_file():
         return _gguf.load_model(path, dtype)
     return _huggingface.load_model(path, keep_quantized, dtype)
+
+
+def load_llama(source: Path | str, dtype: Dtype = "float32") -> tuple[llama.Config, dict[str, Any]]:
+    """`load_model` for what works with Llama models only. FormatError also for another kind of model."""
+    config, params = load_model(source, dtype=dtype)
+    if not isinstance(config, llama.Config):
+        kind = module_of(config).__name__.rpartition(".")[2]
+        raise FormatError(source, "model_type", kind, "llama: nothing else can be used here")
+    return config, params
 
 
 def load_tokenizer(source: Path | str) -> Tokenizer:

@@ -124,18 +124,23 @@ def pairs(prompt: tuple[Message, ...], answers: Iterable[str], seed: int = 0) ->
 def rate(pairs: Iterable[Pair], rater: Rater, name: str, journal: Journal[Comparison]) -> Iterator[tuple[Pair, Choice]]:
     """Ask the rater for every pair that `name` has not rated in this file, and save each comparison as one goes.
 
-    Yields what was said. A pair that is skipped is not saved, and comes again next time. In a notebook:
-    `with comparisons.journal("mine.jsonl") as journal: list(rate(pairs, Person(), "me", journal))`; see `cli.rate`."""
-    rated = {_key(c.prompt, c.chosen, c.rejected) for c in journal.entries if c.rater == name}
-    for pair in pairs:
-        key = _key(pair.prompt, pair.left, pair.right)
-        if key in rated:
-            continue
+    Yields what was said. A pair that is skipped is not saved, and comes again next time. For a person at a terminal see
+    `cli.rate`, in a notebook `minift.notebook.rate_in_notebook`."""
+    for pair in unrated(pairs, name, journal):
         choice = rater(as_text(pair.prompt), pair.left, pair.right)
         if choice != "skip":
             journal.append(comparison(pair, choice, name))
-            rated.add(key)
         yield pair, choice
+
+
+def unrated(pairs: Iterable[Pair], name: str, journal: Journal[Comparison]) -> Iterator[Pair]:
+    """The pairs that `name` has not rated in this file when they come up."""
+    rated, read = set(), 0
+    for pair in pairs:
+        rated |= {_key(c.prompt, c.chosen, c.rejected) for c in journal.entries[read:] if c.rater == name}
+        read = len(journal.entries)
+        if _key(pair.prompt, pair.left, pair.right) not in rated:
+            yield pair
 
 
 def comparison(pair: Pair, choice: Choice, rater: str) -> Comparison:
@@ -149,6 +154,13 @@ def agreement(found: Iterable[Comparison], rater: Rater) -> tuple[int, int]:
     """In how many comparisons the rater prefers the chosen answer, and of how many: those in which nobody saw a tie."""
     says = [rater(c.question, c.chosen, c.rejected) for c in found if not c.tie]
     return says.count("first"), len(says) - says.count("tie")
+
+
+def visible(text: str) -> str:
+    """The text with what would move the cursor, change colors or not be seen at all written out."""
+    if not text.strip():
+        return "(nothing)"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _key(prompt: tuple[Message, ...], a: str, b: str) -> tuple[tuple[Message, ...], frozenset[str]]:

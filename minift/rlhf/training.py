@@ -19,6 +19,7 @@ from minift.data.batches import batch_indices
 from minift.data.comparisons import Comparison
 from minift.io import Tokenizer
 from minift.models import llama
+from minift.models.classifier import SCORE
 from minift.nn.weight import Params, dense
 from minift.peft import lora
 from minift.peft.tuned import Tuned
@@ -90,8 +91,8 @@ def with_score_head(params: Params, adapter: lora.Adapter | None, rng: np.random
     if adapter is None:
         return lora.attach(headed, r=r, lora_alpha=2 * r, rng=rng, modules_to_save=["score"])
     carried = lora.insert(headed, adapter)
-    head = carried[reward_model.SCORE]
-    return carried | {reward_model.SCORE: Tuned(head, dense(head).copy())}
+    head = carried[SCORE]
+    return carried | {SCORE: Tuned(head, dense(head).copy())}
 
 
 def scores_of(params: Params, pairs: Pairs, config: llama.Config) -> tuple[np.ndarray, np.ndarray]:
@@ -178,13 +179,17 @@ def train_ppo(
     evaluate: Callable[[int, Params], Record],
     batch_size: int = 128,
     max_new_tokens: int = 48,
+    normalize_rewards: bool = True,
     **options: Any,
 ) -> Result:
     """`run` with a round of PPO a step: `batch_size` answers, then the updates that `of_ppo` asks for.
 
     `params` carry an adapter, which is off in the reference, and a value head. `evaluate` records at least "reward" and
     "reward_std" at step 0: scores are shifted and scaled so that the first policy's have mean 0 and variance 1, and a
-    nat of KL costs the same whatever the reward's units are. `options` are those of `run`."""
+    nat of KL costs the same whatever the reward's units are, unless `normalize_rewards` is off. An answer that was cut
+    off is over, like any other: its length is part of the task. `options` are those of `run`. ValueError for rounds
+    that `ppo.next_kl_coef` could not steer by."""
+    ppo.next_kl_coef(of_ppo.kl_coef, 0.0, batch_size, of_ppo.kl_target, of_ppo.kl_horizon)  # complains now, if it will
 
     def advance(step: int, current: Params, records: Sequence[Record], update: Update) -> Record:
         asked = [prompts[i] for i in batch_indices(len(prompts), batch_size, settings.seed, step - 1)]
@@ -192,7 +197,8 @@ def train_ppo(
         chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": of_ppo.temperature}
         said = sample(policy, asked, config, tokenizer, seed=(settings.seed, step), **chosen)
         rewards = score(asked, said.texts)
-        scores = ((rewards - records[0]["reward"]) / (records[0]["reward_std"] or 1.0)).astype(np.float32)
+        shift, scale = (records[0]["reward"], records[0]["reward_std"] or 1.0) if normalize_rewards else (0.0, 1.0)
+        scores = ((rewards - shift) / scale).astype(np.float32)
         kl_coef = _kl_coef(records, of_ppo, batch_size)
         fresh, kl = actor_critic.assess(current, said.batch, scores, config, of_ppo, kl_coef=kl_coef, ended=said.ended)
         seen = updates(fresh, config, of_ppo, update, (settings.seed, step))
@@ -215,9 +221,11 @@ def train_ppo(
 def updates(
     fresh: Rollouts, config: llama.Config, of_ppo: ppo.Settings, update: Update, seed: tuple[int, int]
 ) -> list[Record]:
-    """The epochs of one round over its minibatches; what was seen at each update, before it. Ends early at target_kl.
+    """The epochs of one round over its minibatches; what was seen at each update, before it. One that begins above
+    target_kl is the last.
 
-    With one minibatch its rows stay as they are, so that the first ratio is 1 to the bit."""
+    With one minibatch its rows stay as they are, and the ratios of the first update are 1 to the bit. With several, the
+    first one of the first epoch holds the same rows in another rectangle, so they are 1 within rounding."""
     seen: list[Record] = []
 
     def loss(params, part, normalizer, key):

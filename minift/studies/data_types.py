@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from minift.data.batches import chunks, pad
-from minift.io import load_model, load_tokenizer
+from minift.io import load_llama, load_tokenizer
 from minift.models import llama
 from minift.nn.weight import Frozen, Params, dense
 from minift.studies.formats import DQ, Format, linear_layers, round_trip, share_on_a_grid
@@ -71,7 +71,7 @@ ROWS = 48
 
 def run(model: str, seed: int, say: Callable[[str], None], formats: Sequence[Format] = FORMATS) -> list[Record]:
     """Every data type in `model`, and, if that lies on a grid of 4 bits, in what it becomes a little beside it."""
-    config, params = load_model(model)
+    config, params = load_llama(model)
     name, models = Path(model).name, {Path(model).name: params}
     if (share := share_on_a_grid(linear_layers(params))) > 0.5:
         say(

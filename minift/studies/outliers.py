@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from minift.io import load_model, load_tokenizer
+from minift.io import load_llama, load_tokenizer
 from minift.models import llama
 from minift.nn.linear import rows as as_rows
 from minift.nn.weight import Frozen, dense
@@ -72,7 +72,7 @@ def run(model: str, seed: int, say: Callable[[str], None]) -> list[Record]:
 
 def in_a_model(model: str, say: Callable[[str], None]) -> list[Record]:
     """One record for each input of linear layers, in the order of the computation."""
-    config, params = load_model(model)
+    config, params = load_llama(model)
     tokens = held_out_rows(load_tokenizer(model), TOKENS, 1)[0][None]
     records: list[Record] = []
     watched: dict[str, Any] = {

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from minift.cli.rate import visible
 from minift.data import candidates, comparisons
+from minift.rlhf.raters import visible
 
 QUESTIONS = ["`re.compile`", "`os.remove`", "`math.isfinite`", "`json.load`"]
 

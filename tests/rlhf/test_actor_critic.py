@@ -81,90 +81,27 @@ def test_forward_kill_matrix():
 
 def test_a_fresh_value_head_is_zero_and_learns():
     params = with_value_head(small_policy.params("lora"))
-    assert VALUE in trainable(params)
+    assert VALUE == "value.weight" and VALUE in trainable(params)  # its name in checkpoints
     (_, _, values), vjp = forward(params, small_policy.batch(), CONFIG)
     assert not values.any()
     zero = np.zeros_like(values)
     assert vjp(zero, None, np.ones_like(values))[VALUE].any()
 
 
-# --- a round ----------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def a_round(params, settings=SETTINGS, **options):
+def a_round(params):
     batch = small_policy.batch(rows=5)
-    scores = np.random.default_rng(4).standard_normal(5)
-    return batch, scores, *assess(params, batch, scores, CONFIG, settings, **options)
-
-
-def test_a_round_by_hand():
-    """Every step of it in Python floats, from log-probabilities of the policy and of its bare base."""
-    params, ended = model(), np.array([True, False, True, False, True])
-    settings = dataclasses.replace(SETTINGS, missing_eos_penalty=0.6)
-    batch, scores, rollouts, kl = a_round(params, settings, kl_coef=0.11, ended=ended)
-    (logp, _, values), _ = forward(params, batch, CONFIG, temperature=0.7)
-    (ref, _), _ = sequence_log_probs(small_policy.params("full"), batch, CONFIG, temperature=0.7)
-    checks.same_bits(rollouts.old_logp, logp, "old log-probabilities")
-    checks.same_bits(rollouts.old_values, values, "old values")
-    for b in range(5):
-        at = np.flatnonzero(batch.labels[b] != -100).tolist()
-        ratios = [float(logp[b, t] - ref[b, t]) for t in at]
-        assert abs(kl[b] - math.fsum(ratios)) <= 1e-12
-        rewards = [-0.11 * k for k in ratios]
-        rewards[-1] += scores[b] - (0 if ended[b] else 0.6)
-        v = [*(float(values[b, t]) for t in at), 0.0]
-        advantage = 0.0
-        for i in reversed(range(len(at))):
-            advantage = rewards[i] + 0.9 * v[i + 1] - v[i] + 0.9 * 0.8 * advantage
-            assert abs(rollouts.advantages[b, at[i]] - advantage) <= 1e-12
-            assert abs(rollouts.returns[b, at[i]] - advantage - v[i]) <= 1e-12
-    outside = batch.labels == -100
-    assert not rollouts.advantages[outside].any()
-    assert not rollouts.returns[outside].any()
-
-
-def test_the_leash_of_the_settings_unless_another_is_given():
-    params = model()
-    expected = a_round(params)[2].advantages
-    checks.same_bits(a_round(params, kl_coef=0.3)[2].advantages, expected, "β of the settings")
-    assert np.abs(a_round(params, kl_coef=0.0)[2].advantages - expected).max() > 1e-3
-    assert (
-        np.abs(a_round(params, dataclasses.replace(SETTINGS, kl_estimator="k3"))[2].advantages - expected).max() > 1e-3
-    )
-
-
-def test_a_fresh_adapter_has_no_kl():
-    _, _, _, kl = a_round(model(moved=False))
-    checks.same_bits(kl, np.zeros(5), "KL to the reference")
-
-
-def test_whitening_has_two_switches():
-    params, mask = model(), counts(small_policy.batch(rows=5))
-    plain = a_round(params)[2]
-    whitened = a_round(params, dataclasses.replace(SETTINGS, whiten_advantages=True))[2]
-    assert abs(whitened.advantages[mask].mean()) <= 1e-14
-    assert abs(whitened.advantages[mask].std() - 1) <= 1e-6
-    checks.same_bits(whitened.returns, plain.returns, "returns are of advantages that are not whitened")
-    rewards = a_round(params, dataclasses.replace(SETTINGS, whiten_rewards=True))[2]
-    assert np.abs(rewards.returns - plain.returns).max() > 1e-2
-
-
-def test_padding_of_a_round_does_not_matter():
-    params, batch, scores = model(), small_policy.batch(rows=5), np.arange(5.0)
-    (a, a_kl), (b, b_kl) = (
-        assess(params, x, scores, CONFIG, SETTINGS) for x in (batch, small_policy.other_padding(batch))
-    )
-    checks.same_bits(b_kl, a_kl, "KL")
-    for name in ("old_logp", "old_values", "advantages", "returns"):
-        checks.same_bits(getattr(b, name), getattr(a, name), name)
+    return assess(params, batch, np.random.default_rng(4).standard_normal(5), CONFIG, SETTINGS)[0]
 
 
 def test_the_first_ratio_is_one_to_the_bit():
     """And the gradient of the first minibatch is that of −mean(Â log π) + c_v ½ mean(V − R)² − c_H mean H."""
     for kind in small_policy.KINDS:
         params = model(kind)
-        batch, _, rollouts, _ = a_round(params)
-        outputs, vjp = forward(params, batch, CONFIG, temperature=0.7)
+        rollouts = a_round(params)
+        outputs, vjp = forward(params, rollouts.batch, CONFIG, temperature=0.7)
         mask = rollouts.mask
         checks.same_bits(ppo.ratio(outputs[0], rollouts.old_logp, mask), np.ones(mask.shape), "ρ")
         assert ppo.statistics(outputs[0], rollouts.old_logp, rollouts.advantages, mask)["approx_kl"] == 0
@@ -186,7 +123,7 @@ def moved_on(rollouts):
 
 def test_the_loss_of_a_model():
     params = model()
-    rollouts = moved_on(a_round(params)[2])
+    rollouts = moved_on(a_round(params))
     value, _ = actor_critic.loss(params, rollouts, CONFIG, SETTINGS, 9.0)
     outputs, _ = forward(params, rollouts.batch, CONFIG, temperature=0.7)
     fixed = rollouts.old_logp, rollouts.old_values, rollouts.advantages, rollouts.returns, rollouts.mask
@@ -198,8 +135,10 @@ def test_the_loss_of_a_model():
 
 def test_rollouts_come_apart_and_add_up():
     params = model()
-    rollouts = moved_on(a_round(params)[2])
+    rollouts = moved_on(a_round(params))
     assert (len(rollouts), rollouts.count) == (5, int(counts(rollouts.batch).sum()))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rollouts.advantages = rollouts.returns
     whole, vjp = actor_critic.loss(params, rollouts, CONFIG, SETTINGS)
     parts = [rollouts.take(np.array(rows)) for rows in ([4, 1], [0, 3], [2])]
     parts = [part.cut(int(part.lengths.max())) for part in parts]

@@ -26,6 +26,7 @@ CASES = [
     (4, 2, 1.0, 0.2, 0.0, "ipo", None),
     (5, 3, 3.0, 0.7, 0.3, "sigmoid", 2.5),
     (6, 0, 1.0, 0.1, 0.0, "sigmoid", None),
+    (7, 1, 2.0, 0.4, 0.2, "sigmoid", None),
 ]
 
 
@@ -145,6 +146,11 @@ def test_refusals_name_the_argument():
         preference_loss.__wrapped__(*given, loss_type="hinge")
 
 
+def test_just_under_half_of_the_labels_may_be_wrong():
+    given, _ = make(CASES[0])
+    assert preference_loss(*given, 0.1, 0.4999)[0] > 0
+
+
 def test_the_loss_is_the_reward_model_s_on_implicit_rewards():
     """Equation (2) is equation (3) of the reward model."""
     given, _ = make(CASES[1])
@@ -153,14 +159,15 @@ def test_the_loss_is_the_reward_model_s_on_implicit_rewards():
 
 
 def test_statistics():
-    logps, reference = np.array([[-1.0, -4], [-3, -2]]), np.array([[-2.0, -2], [-2, -2]])
+    """A tie is no success."""
+    logps, reference = np.array([[-1.0, -4], [-4, -2], [-1, -1], [0, -3]]), np.full((4, 2), -2.0)
     assert statistics(logps, reference, beta=0.5) == {
-        "rewards/chosen": 0.0,
-        "rewards/rejected": -0.5,
+        "rewards/chosen": 0.25,
+        "rewards/rejected": -0.25,
         "rewards/margins": 0.5,
         "rewards/accuracies": 0.5,
-        "logps/chosen": -2.0,
-        "logps/rejected": -3.0,
+        "logps/chosen": -1.5,
+        "logps/rejected": -2.5,
     }
 
 
@@ -208,6 +215,15 @@ def test_answers_are_sums_or_means():
             params,
             rng=np.random.default_rng(0),
         )
+
+
+def test_of_an_answer_without_a_token_sum_and_mean_are_zero():
+    params, batch = small_policy.params("lora"), small_policy.batch()
+    silent = type(batch)(batch.tokens, np.where(np.arange(len(batch))[:, None] == 1, -100, batch.labels), batch.lengths)
+    for average in (False, True):
+        found, vjp = answer_log_probs(params, silent, CONFIG, average=average)
+        assert found[1] == 0 and (found[[0, 2, 3]] < 0).all()
+        assert all(np.isfinite(g).all() for g in vjp(np.ones(len(batch))).values())
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.5, "label_smoothing": 0.1}, {"beta": 0.3, "loss_type": "ipo"}])

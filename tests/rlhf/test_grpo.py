@@ -166,6 +166,15 @@ def test_loss_kill_matrix():
     checks.kill_matrix(LOSS, (*wrong_ppo.GRPO, inverted), CASES[:8])
 
 
+def test_an_answer_without_a_token_is_worth_nothing_and_counts_as_one():
+    logp, old, ref, advantages, mask, _ = make(CASES[0])
+    silent = mask & (np.arange(len(mask))[:, None] != 1)
+    found, vjp = grpo.loss(logp, old, ref, advantages, silent)
+    rest = [np.delete(x, 1, axis=0) for x in (logp, old, ref, advantages, mask)]
+    assert abs(found - grpo.loss(*rest, normalizer=float(len(mask)))[0]) <= 1e-15
+    assert not vjp(1.0)[1].any()
+
+
 def test_float32_stays_float32():
     logp, old, ref, advantages, mask, _ = make(CASES[0])
     given = [x.astype(np.float32) for x in (logp, old, ref, advantages)]

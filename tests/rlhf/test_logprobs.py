@@ -394,7 +394,7 @@ def test_answer_mask():
             ValueError,
             match=f"^row 1 of 5 tokens has a prompt of {prompt} and ends at {end}: needed 1 ≤ prompt < end ≤ width$",
         ):
-            answer_mask(np.array([1, prompt]), np.array([2, end]), 5)
+            answer_mask(np.array([1, prompt]), np.array([5, end]), 5)
 
 
 def test_the_first_token_never_counts():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rectangles import POISON, SHAPES, dyadic, mask_of, poisoned
 
 from minift.conformance import bounds
 from minift.conformance.gradients import check_vjp
+from minift.rlhf.masked import masked_mean
 from minift.rlhf.ppo import Settings, minibatch_loss, next_kl_coef, policy_loss, ratio, statistics, too_far, value_loss
 from nn import checks
 
@@ -217,6 +219,14 @@ def test_value_loss(holds):
         holds(value_loss, case)
 
 
+def test_where_both_errors_are_equal_the_value_goes_on_learning():
+    """Clipped at ¼ it is as far below the return as the free one is above: the gradient is that of the free one."""
+    value, old, target, mask = np.array([[1.0]]), np.array([[0.0]]), np.array([[0.625]]), np.ones((1, 1), bool)
+    found, vjp = value_loss(value, old, target, mask, 0.25)
+    assert found == 0.375**2 / 2
+    checks.same_bits(vjp(1.0), np.array([[0.375]]), "dvalues")
+
+
 def test_value_kill_matrix():
     checks.kill_matrix(VALUE, wrong_ppo.VALUE, SHAPES)
 
@@ -281,6 +291,26 @@ def test_statistics(case):
     assert same == {"clipfrac": 0.0, "approx_kl": 0.0, "ratio": 1.0}
 
 
+def test_a_ratio_at_the_edge_is_not_counted_as_cut_off():
+    one, mask = np.array([[0.5]]), np.ones((1, 1), bool)
+    edge = float(np.exp(0.5) - 1)
+    assert statistics(one, 0 * one, one, mask, edge)["clipfrac"] == 0
+    assert statistics(one, 0 * one, one, mask, np.nextafter(edge, 0))["clipfrac"] == 1
+
+
+def test_the_kl_is_not_negative_where_expm1_is_an_ulp_low():
+    """As vectorized libraries may be."""
+    expm1, moved = np.expm1, np.array([[np.float32(1e-8)]])
+    with patch.object(np, "expm1", lambda x: np.nextafter(expm1(x), np.float32(-np.inf))):
+        assert statistics(moved, 0 * moved, moved, np.ones((1, 1), bool))["approx_kl"] == 0
+
+
+def test_of_nothing_mean_and_loss_are_zero():
+    x, nothing = np.ones((2, 3)), np.zeros((2, 3), bool)
+    for found, vjp in (masked_mean(x, nothing), policy_loss(x, x, x, nothing), value_loss(x, x, x, nothing)):
+        assert found == 0 and not vjp(1.0).any()
+
+
 def test_steps_stop_above_the_target():
     assert not too_far(1e9, None)
     assert too_far(0.021, 0.02)
@@ -326,6 +356,11 @@ def test_another_estimator_is_refused():
     object.__setattr__(settings, "kl_estimator", "k4")  # past the checker of types
     with pytest.raises(ValueError, match=r"^kl_estimator is 'k4', needed one of \('k1', 'k2', 'k3'\)$"):
         settings.__post_init__()
+
+
+def test_settings_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().cliprange = 0.3
 
 
 def test_settings_at_their_ends():

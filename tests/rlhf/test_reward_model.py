@@ -16,12 +16,12 @@ from minift.conformance import bounds
 from minift.conformance.gradients import check_gradients, check_vjp
 from minift.data.batches import Batch
 from minift.models import llama
+from minift.models.classifier import SCORE
 from minift.nn.weight import trainable
 from minift.peft import lora
 from minift.rlhf import reward_model
 from minift.rlhf.pairs import Pairs, pad_pairs
 from minift.rlhf.reward_model import (
-    SCORE,
     accuracy,
     calibration,
     centering,

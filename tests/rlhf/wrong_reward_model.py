@@ -5,9 +5,10 @@ import math
 import numpy as np
 
 from minift.models import llama
+from minift.models.classifier import SCORE
 from minift.nn.linear import linear
 from minift.nn.weight import gradients
-from minift.rlhf.reward_model import SCORE, preferred
+from minift.rlhf.reward_model import preferred
 from nn.wrong_nn import variants
 
 

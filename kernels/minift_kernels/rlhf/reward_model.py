@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from minift.data.batches import Batch
+from minift.models.classifier import SCORE
 from minift.rlhf.pairs import Pairs
-from minift.rlhf.reward_model import SCORE, accuracy, calibration, normalization
+from minift.rlhf.reward_model import accuracy, calibration, normalization
 from minift_kernels import backend as backends
 from minift_kernels.backend import Launch
 from minift_kernels.models import llama
