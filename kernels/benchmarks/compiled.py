@@ -30,6 +30,7 @@ from minift_kernels.nn import attention, dropout, embedding, losses, mlp, norms,
 from minift_kernels.optim import adamw, adamw8bit
 from minift_kernels.peft import batched, lora
 from minift_kernels.quant import blockwise, nf4, nf4_kernels, nf4_matmul, nf4_matmul_kernels, nf4_matvec_kernels
+from minift_kernels.rlhf import advantages, dpo, ppo, reward_model
 
 Launches = Iterator[tuple[str, Launch]]
 
@@ -169,6 +170,17 @@ def of_adamw(dtype: torch.dtype) -> Launches:
     yield "step_blocks", launch
 
 
+def of_rlhf(dtype: torch.dtype) -> Launches:
+    x, mask, sums = empty(256, TOKENS, dtype=dtype), empty(256, TOKENS, dtype=torch.bool), empty(512)
+    slope, pairs = empty(256, TOKENS), empty(TOKENS, dtype=dtype)
+    yield "gae", advantages.gae_launch(x, x, x, mask, 1.0, 0.95, None, "triton")
+    yield "ppo", ppo.minibatch_launch((sums, slope, slope), (x,) * 7, mask, (0.2, 0.2, 0.1, 0.0), "triton")
+    of_pair = empty(TOKENS)
+    yield "reward", reward_model.pairwise_launch((sums, of_pair, of_pair), pairs, pairs, None, 0.01, "triton")
+    for name, ipo in (("dpo", False), ("ipo", True)):
+        yield name, dpo.preference_launch((sums, of_pair), (pairs,) * 4, 0.1, 0.0, ipo, "triton")
+
+
 FAMILIES: dict[str, Callable[[torch.dtype], Launches]] = {
     "nf4": of_nf4,
     "nf4_matmul": of_nf4_matmul,
@@ -183,6 +195,7 @@ FAMILIES: dict[str, Callable[[torch.dtype], Launches]] = {
     "lora": of_lora,
     "batched": of_batched,
     "adamw": of_adamw,
+    "rlhf": of_rlhf,
 }
 HEADINGS = ("family", "kernel", "target", "registers", "spilled", "shared", "loads", "load_bits", "store_bits")
 

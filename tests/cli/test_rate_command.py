@@ -93,7 +93,7 @@ def test_the_rubric_rates_without_asking(rate):
 
 def test_refused_before_anything_is_asked(rate, tmp_path):
     for content, arguments, message in [
-        ('{"prompt": "2 + 2?", "answers": ["4", "5"]}', ("--agreement",), "a `name` in backticks, got '2 + 2?'"),
+        ('{"prompt": "2 + 2?", "answers": ["4", "5"]}', ("--agreement",), "got '2 + 2?'; use another rater"),
         ('{"prompt": "2 + 2?", "answers": ["4", " 4"]}', (), "nothing to compare"),
         ('{"prompt": "2 + 2?", "answers": ["4"]}', (), "line 1: 'answers' holds 1"),
         (

@@ -33,7 +33,7 @@ def test_where_there_is_no_terminal_everything_is_printed(call):
 def test_a_page_is_written_whole(call, tmp_path):
     status, result, captured = call("step", "lora", "--html", tmp_path / "lora.html", "--json")
     text = (tmp_path / "lora.html").read_text()
-    assert status == 0 and "45 steps" in captured.out and sum(s["steps"] for s in result["scenes"]) == 45
+    assert status == 0 and "46 steps" in captured.out and sum(s["steps"] for s in result["scenes"]) == 46
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["lora.html"]
 

@@ -43,14 +43,15 @@ def loss(
     """mean_i (1/|o_i|) Σ_t [−min(ρ_t Â_i, clip(ρ_t) Â_i) + β k3_t], or for "token" (1/N) Σ_i Σ_t.
 
     `normalizer` replaces the number of answers, or of tokens. ValueError for another aggregation."""
+    divisor: Tensor | float
     if aggregation == "sequence":
-        n = float(max(len(mask), 1)) if normalizer is None else normalizer
-        weight = 1 / (n * mask.sum(dim=1, keepdim=True).clamp(min=1))
+        answers = max(len(mask), 1) if normalizer is None else normalizer
+        divisor = answers * mask.sum(dim=1, keepdim=True).clamp(min=1)
     elif aggregation == "token":
-        weight = torch.as_tensor(1 / (count(mask) if normalizer is None else normalizer))
+        divisor = count(mask) if normalizer is None else normalizer
     else:
         raise ValueError(f"aggregation is {aggregation!r}, needed one of {get_args(Aggregation)}")
     each = clipped_objective(logp, old_logp, advantages[:, None], mask, cliprange)
     new, ref = (backends.widened(x).where(mask, 0) for x in (logp, ref_logp))
     kl = kl_penalty(new, ref, "k3")
-    return (torch.where(mask, weight, 0).to(each.dtype) * (each + beta * kl)).sum()
+    return ((each + beta * kl).where(mask, 0) / divisor).sum()

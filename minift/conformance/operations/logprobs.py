@@ -180,7 +180,7 @@ FIXED = (
     Sampled((2, 5), 7, "normal", 1.0, seed=1),
     Sampled((6,), 5, "shifted", 0.7, seed=2),
     Sampled((2, 3), 3, "large", 2.5, seed=3),
-    Sampled((), 6),
+    Sampled((1,), 6),
     Sampled((0, 4), 3),
     Sampled((3,), 1, temperature=1.3),
     Sampled((4,), 37, "rising", 0.7),
