@@ -138,7 +138,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
                 line = "--" if name.endswith(DQ) else "-"
                 x, y = ([r[key] for r in found] for key in ("bits_per_parameter", "sqnr_db"))
                 axes.plot(x, y, line, marker="o", markersize=3, color=COLORS.get(name.removesuffix(DQ)), label=name)
-        axes.set(xlabel="bits a parameter", title=kind, ylim=(0, 32))
+        axes.set(xlabel="bits a parameter", ylim=(0, 32))
+        axes.set_title(kind, fontsize="small", wrap=True)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("signal to noise (dB)")
     figure.axes[0].legend(fontsize="small")
