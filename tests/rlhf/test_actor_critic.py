@@ -62,7 +62,34 @@ def padding_does_not_matter(op, case):
         checks.same_bits(other_vjp(*poisoned)[name], gradient, name)
 
 
-FORWARD = (value_is_read_in_front_of_its_token, right_gradients, padding_does_not_matter)
+def embeddings_of_padding_do_not_matter(op, case):
+    """The token that fills rows up has an embedding of 1e6, and the output matrix is another one."""
+    config, unused = dataclasses.replace(CONFIG, tie_word_embeddings=False), CONFIG.vocab_size - 1
+    params, rng = model("full", case), np.random.default_rng(case)
+    params |= {llama.HEAD: rng.standard_normal(params[llama.EMBEDDING].shape)}
+    batch = small_policy.batch(seed=case)
+    batch = dataclasses.replace(
+        batch, tokens=batch.tokens % unused, labels=np.where(batch.labels < 0, -100, batch.labels % unused)
+    )
+    batch = small_policy.other_padding(batch, unused)
+    embeddings = params[llama.EMBEDDING].copy()
+    embeddings[unused] = 1e6
+    dy = rng.standard_normal((3, *batch.tokens.shape))
+    (outputs, vjp), (others, other_vjp) = (
+        op(p, batch, config) for p in (params, params | {llama.EMBEDDING: embeddings})
+    )
+    checks.same_bits(np.stack(others), np.stack(outputs), "padding of 1e6")
+    found, expected = other_vjp(*dy), vjp(*dy)
+    for name in expected:
+        checks.same_bits(found[name], expected[name], name)
+
+
+FORWARD = (
+    value_is_read_in_front_of_its_token,
+    right_gradients,
+    padding_does_not_matter,
+    embeddings_of_padding_do_not_matter,
+)
 
 
 @pytest.mark.parametrize("holds", FORWARD)
