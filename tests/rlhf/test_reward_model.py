@@ -349,6 +349,18 @@ def test_recomputation_changes_no_bit():
         checks.same_bits(b_vjp(a)[name], gradient, name)
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_of_one_or_none(n):
+    """One prompt is not halved, and a batch without any has loss 0."""
+    ranked, ranks = np.array([[1.0, 3.0]])[:n], np.array([[0, 1]])[:n]
+    for ranking in (ranking_loss_1, ranking_loss_2):
+        assert ranking(ranked, ranks)[0] == pytest.approx(n * softplus(2.0), rel=1e-15)
+    assert centering(np.ones(1)[:n], np.ones(1)[:n])[0] == 4 * n
+    batch = small_policy.batch(rows=1)
+    one = Batch(batch.tokens[:, :1], batch.labels[:, :1], np.array([1]))
+    assert np.isfinite(score(model("full"), one, CONFIG)[0]).all()
+
+
 def test_rows_that_cannot_be_scored_are_refused():
     batch = small_policy.batch()
     with pytest.raises(ValueError, match=r"^a packed row holds several texts, needed one a row: use `pad`$"):
@@ -424,6 +436,8 @@ def test_normalization(rng):
     gain, bias = normalization(scores)
     assert abs(np.mean(gain * scores + bias)) <= 1e-13
     assert abs(np.var(gain * scores + bias) - 1) <= 1e-13
+    gain, bias = normalization(scores / 100)
+    assert abs(np.var(gain * scores / 100 + bias) - 1) <= 1e-13
     gain, bias = normalization(scores, scale=False)
     assert gain == 1
     assert abs(np.mean(scores + bias)) <= 1e-13
@@ -435,7 +449,7 @@ def test_normalization(rng):
 
 
 def test_accuracy_counts_ties_as_wrong():
-    assert accuracy(np.array([1.0, 2, 3, 0]), np.array([0.0, 2, 4, -1])) == 0.5
+    assert accuracy(np.array([1.0, 2, 3, 0]), np.array([0.0, 2, 2, -1])) == 0.75
 
 
 def test_calibration():
@@ -454,5 +468,9 @@ def test_calibration():
         assert 0.5 + 0.1 * i <= expected <= 0.6 + 0.1 * i
         assert abs(expected - observed) <= 4 * math.sqrt(expected * (1 - expected) / pairs)
     assert calibration(np.array([50.0]), np.array([0.0]), bins=3) == [(1.0, 1.0, 1)]
+    assert calibration(np.array([50.0, 3.0]), np.zeros(2)) == [(float((1 + preferred(np.array([3.0]))[0]) / 2), 1.0, 2)]
+    near = np.array([math.log(p / (1 - p)) for p in (0.5998, 0.6003)])  # on both sides of a border
+    assert [pairs for _, _, pairs in calibration(near, np.zeros(2))] == [1, 1]
+    assert calibration(near, np.zeros(2), bins=1)[0][1:] == (1.0, 2)
     with pytest.raises(ValueError, match=r"^bins is 0, needed at least 1$"):
         calibration(a, b, bins=0)
