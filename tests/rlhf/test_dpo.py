@@ -161,6 +161,7 @@ def test_the_loss_is_the_reward_model_s_on_implicit_rewards():
 def test_statistics():
     """A tie is no success."""
     logps, reference = np.array([[-1.0, -4], [-4, -2], [-1, -1], [0, -3]]), np.full((4, 2), -2.0)
+    assert statistics(logps[:3], reference[:3])["rewards/accuracies"] == 1 / 3
     assert statistics(logps, reference, beta=0.5) == {
         "rewards/chosen": 0.25,
         "rewards/rejected": -0.25,
