@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minift.cli.common import console, emit
-from minift.cli.policy import Start, identity, read_comparisons, start, stopped, texts
+from minift.cli.policy import Start, identity, pairs_and_settings, read_comparisons, start, stopped, texts
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.comparisons import Comparison
 from minift.io import refuse_to_destroy
@@ -18,9 +18,7 @@ from minift.nn.weight import Params, freeze
 from minift.peft import lora
 from minift.rlhf import dpo, training
 from minift.rlhf.pairs import Pairs
-from minift.train.loop import Result, Settings, at_least
-
-PER_WIDTH = 0.128  # peak learning rate in units of 1 / hidden_size
+from minift.train.loop import Result
 
 
 @dataclass
@@ -98,22 +96,10 @@ class Dpo:
 
 def train(command: Dpo, begin: Start, found: list[Comparison], **options: Any) -> tuple[Result, Pairs]:
     """The training itself, and the pairs that were held out."""
-    at_least(1, batch_size=command.batch_size, r=command.r)
-    parts = training.split(found, command.held_out, command.seed)
-    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
-    steps = -(-len(learned) // command.batch_size) if command.steps is None else command.steps
-    settings = Settings(
-        steps=steps,
-        learning_rate=command.learning_rate or PER_WIDTH / begin.config.hidden_size,
-        seed=command.seed,
-        eval_every=command.eval_every,
-        save_every=command.save_every,
-        warmup_steps=min(20, steps // 5),
-    )
-    console.print(f"DPO: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
+    learned, held_out, settings = pairs_and_settings("DPO", command, begin, found)
     params = begin.policy(command.r, command.seed, command.method == "qlora")
     loss = {"beta": command.beta, "label_smoothing": command.label_smoothing, "loss_type": command.loss_type}
-    with Watcher(steps) as watch:
+    with Watcher(settings.steps) as watch:
         options = {"batch_size": command.batch_size, "report": watch} | loss | options
         return training.train_dpo(params, learned, held_out, begin.config, settings, **options), held_out
 

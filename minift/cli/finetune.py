@@ -73,8 +73,8 @@ class Finetune:
     model: str = "tiny"
     """tiny (built in), a Hugging Face folder (Llama or GPT-2), or a .gguf file."""
     data: str = "stdlib"
-    """stdlib (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or text. To go on with
-    pretraining, every token learned: stdlib-text (the language reference), or a .txt file."""
+    """stdlib or topics (built in), or a JSONL file or folder: prompt/completion, messages, Alpaca, or text. To go on
+    with pretraining, every token learned: stdlib-text (the language reference), or a .txt file."""
     out: Path = Path("runs/finetune")
     """Where the adapter, metrics.jsonl, the loss curve and checkpoints go."""
     steps: int = 500

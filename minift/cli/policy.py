@@ -32,11 +32,14 @@ from minift.models import llama
 from minift.models.classifier import SCORE
 from minift.nn.weight import Params, freeze
 from minift.peft import lora, qlora
-from minift.rlhf import reward_model
+from minift.rlhf import reward_model, training
 from minift.rlhf.actor_critic import VALUE
+from minift.rlhf.pairs import Pairs
 from minift.rlhf.rollouts import Prompt, Score, scored_by_function, scored_by_model
 from minift.train import checkpoint
-from minift.train.loop import Result, Settings
+from minift.train.loop import Result, Settings, at_least
+
+PER_WIDTH = 0.128  # peak learning rate in units of 1 / hidden_size: a fifth of what an adapter begins with
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,26 @@ def read_comparisons(path: Path) -> list[Comparison]:
     ties = sum(c.tie for c in found)
     console.print(f"{len(found):,} comparisons in {path}" + (f", {ties:,} of them ties, left out" if ties else ""))
     return found
+
+
+def pairs_and_settings(
+    name: str, command: Any, begin: Start, found: Sequence[Comparison]
+) -> tuple[Pairs, Pairs, Settings]:
+    """(pairs to learn from, pairs held out, the loop's settings): each is read once, unless steps are given."""
+    at_least(1, batch_size=command.batch_size, r=command.r)
+    parts = training.split(found, command.held_out, command.seed)
+    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
+    steps = -(-len(learned) // command.batch_size) if command.steps is None else command.steps
+    console.print(f"{name}: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
+    settings = Settings(
+        steps=steps,
+        learning_rate=command.learning_rate or PER_WIDTH / begin.config.hidden_size,
+        seed=command.seed,
+        eval_every=command.eval_every,
+        save_every=command.save_every,
+        warmup_steps=min(20, steps // 5),
+    )
+    return learned, held_out, settings
 
 
 def texts(found: Sequence[Comparison]) -> list[str]:

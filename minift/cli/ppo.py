@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minift.cli.common import console, emit
-from minift.cli.policy import Start, identity, load_reward, questions, reward_digest, start, stopped
+from minift.cli.policy import PER_WIDTH, Start, identity, load_reward, questions, reward_digest, start, stopped
 from minift.cli.watch import Watcher
 from minift.data.comparisons import as_text
 from minift.io import atomic_write, refuse_to_destroy
@@ -20,8 +20,6 @@ from minift.rlhf import actor_critic, ppo, training
 from minift.rlhf.measure import Measured, measure, standard_error
 from minift.rlhf.rollouts import Prompt, Score
 from minift.train.loop import Record, Result, Settings, at_least
-
-PER_WIDTH = 0.128  # peak learning rate in units of 1 / hidden_size
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Ppo:
     adapter: Path | None = None
     """The adapter to begin with, such as runs/finetune/adapter: what it answers now is the reference."""
     questions: str = "stdlib"
-    """stdlib (built in), a folder with train.jsonl and valid.jsonl, or a JSONL file of {"prompt": …}."""
+    """stdlib or topics (built in), a folder with train.jsonl and valid.jsonl, or a JSONL file of {"prompt": …}."""
     out: Path = Path("runs/ppo")
     """Where the adapter, metrics.jsonl, the report picture, samples and checkpoints go."""
     rounds: int = 40

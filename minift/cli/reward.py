@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from minift.cli.common import console, emit
-from minift.cli.policy import Start, identity, read_comparisons, start, stopped, texts
+from minift.cli.policy import Start, identity, pairs_and_settings, read_comparisons, start, stopped, texts
 from minift.cli.watch import Watcher, draw_losses
 from minift.data.comparisons import Comparison
 from minift.io import refuse_to_destroy, save_adapter, save_reward_model
@@ -19,9 +19,7 @@ from minift.nn.weight import trainable
 from minift.peft import lora, qlora
 from minift.rlhf import reward_model, training
 from minift.rlhf.pairs import Pairs
-from minift.train.loop import Result, Settings, at_least
-
-PER_WIDTH = 0.128  # peak learning rate in units of 1 / hidden_size: a fifth of what an adapter begins with
+from minift.train.loop import Result
 
 
 @dataclass
@@ -99,23 +97,11 @@ class Reward:
 
 def train(command: Reward, begin: Start, found: list[Comparison], **options: Any) -> tuple[Result, Pairs]:
     """The training itself, and the pairs that were held out."""
-    at_least(1, batch_size=command.batch_size, r=command.r)
-    parts = training.split(found, command.held_out, command.seed)
-    learned, held_out = (training.as_pairs(part, begin.tokenizer) for part in parts)
-    steps = -(-len(learned) // command.batch_size) if command.steps is None else command.steps
-    settings = Settings(
-        steps=steps,
-        learning_rate=command.learning_rate or PER_WIDTH / begin.config.hidden_size,
-        seed=command.seed,
-        eval_every=command.eval_every,
-        save_every=command.save_every,
-        warmup_steps=min(20, steps // 5),
-    )
-    console.print(f"reward model: {len(learned):,} comparisons to learn from, {len(held_out):,} held out")
+    learned, held_out, settings = pairs_and_settings("reward model", command, begin, found)
     rng = np.random.default_rng(command.seed)
     base = qlora.quantize(begin.bare) if command.method == "qlora" else begin.bare
     params = training.with_score_head(base, begin.adapter, rng, command.r)
-    with Watcher(steps) as watch:
+    with Watcher(settings.steps) as watch:
         options = {"batch_size": command.batch_size, "center": command.center, "report": watch} | options
         return training.train_reward_model(params, learned, held_out, begin.config, settings, **options), held_out
 
