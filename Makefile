@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: finetune test test-all lint bench gpu bench-gpu fuzz mutation clean
+.PHONY: finetune test test-all lint notebooks course bench gpu bench-gpu fuzz mutation clean
 
 finetune: .venv/minift  ## the built-in model learns to answer questions, in about a minute
 	$(BIN)/minift finetune
@@ -18,6 +18,12 @@ lint: .venv/minift-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: .venv/minift-test  ## the notebooks from their texts, with outputs; ONLY=05
+	$(BIN)/python notebooks/build.py $(ONLY)
+
+course: .venv/minift-notebook  ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
 
 bench: .venv/minift-test  ## minift beside its peers on this machine; MODEL=file.gguf for training steps and generation
 	$(BIN)/python benchmarks/cpu.py $(if $(MODEL),--model $(MODEL))
@@ -41,6 +47,10 @@ mutation: .venv/minift-test  ## does each changed line of minift/quant and minif
 
 .venv/minift-test: .venv/minift
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/minift-notebook: .venv/minift
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[notebook]'
 	touch $@
 
 clean:

@@ -88,7 +88,8 @@ class Report:
         return lines
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, soft_wrap=True, emoji=False, highlight=False)
+        plain = {"color_system": None, "emoji": False, "highlight": False, "force_jupyter": False}
+        console = Console(width=120, soft_wrap=True, **plain)  # type: ignore[arg-type]
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

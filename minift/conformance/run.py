@@ -9,15 +9,17 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.strategies import SearchStrategy
 
 from minift.conformance import torch_functions
+from minift.conformance.agreement import agreement
 from minift.conformance.operation import Implementation, Operation, Property
 from minift.conformance.operations import find
 from minift.conformance.report import Counterexample, Report, Result
@@ -26,9 +28,10 @@ SHRINKING = 2.0  # seconds, for one property
 
 
 def check(
-    operation: str,
+    operation: str | Callable,
     function: Callable,
     *,
+    inputs: Mapping[str, SearchStrategy] | None = None,
     examples: int = 100,
     seconds: float = 60.0,
     dtypes: tuple[str, ...] = ("float32",),
@@ -41,19 +44,35 @@ def check(
     The function gets NumPy arrays and returns them; gradients are a pullback, `y, vjp = f(...)`. What it is given and
     what it must return: `minift conformance --list --op nf4.quantize`.
 
+    In place of a name, a function that yours must agree with on whatever is drawn from `inputs`, hypothesis' strategies
+    by the names of the arguments (`agreement`):
+
+        check(np.hypot, my_hypot, inputs={"x": st.floats(0, 9), "y": st.floats(0, 9)})
+
     `examples` are drawn for each property beside its fixed cases, in about `seconds` for all of them. `dtypes`: what
     your function can compute in. `torch`: it takes and returns torch tensors, and autograd is its pullback.
     Returns a report that prints as a table. Raises Counterexample, an AssertionError, with the smallest inputs that
     fail, and ValueError for an operation that there is none of.
     """
-    wanted, name = find(operation), getattr(function, "__name__", type(function).__name__)
+    wanted = _operation(operation, inputs)
+    name = getattr(function, "__name__", type(function).__name__)
     if torch:
         function = (torch_functions.differentiable if wanted.has_pullback else torch_functions.plain)(function)
     implementation = Implementation(name, {wanted.name: function}, dtypes)
     report = Report(hold_all([implementation], [wanted], examples, seconds))
-    if report.failures:
+    if report.failures or not report.cases:  # what refused every case has not passed
         raise Counterexample(report)
     return report
+
+
+def _operation(operation: str | Callable, inputs: Mapping[str, SearchStrategy] | None) -> Operation:
+    if isinstance(operation, str):
+        if inputs is not None:
+            raise ValueError(f"inputs: {operation!r} draws its own; they are for a function to agree with")
+        return find(operation)
+    if not inputs:
+        raise ValueError("inputs: none, needed a hypothesis strategy for each argument of the function to agree with")
+    return agreement(operation, inputs)
 
 
 def hold_all(

@@ -38,7 +38,9 @@ class Shown:
     def __repr__(self) -> str:
         """As `minift step --all` prints it."""
         text = io.StringIO()
-        terminal.print_all(self.lesson, Console(file=text, width=terminal.WIDTH, markup=False, highlight=False))
+        terminal.print_all(
+            self.lesson, Console(file=text, width=terminal.WIDTH, markup=False, highlight=False, force_jupyter=False)
+        )
         return text.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What notebooks show: so far, two answers with buttons under them, for a person who compares.
+"""Two answers with buttons under them, for a person who compares.
 
     from minift.notebook import rate_in_notebook
     from minift.rlhf import raters
