@@ -22,6 +22,7 @@ from minift.cli.generate import Generate
 from minift.cli.info import Info
 from minift.cli.memory import Memory
 from minift.cli.merge import Merge
+from minift.cli.plain import speak_plainly
 from minift.cli.ppo import Ppo
 from minift.cli.pretrain import Pretrain
 from minift.cli.quantize import Quantize
@@ -66,6 +67,7 @@ each command and its settings."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. The exit status is 0, 1 if a property fails, 2 for bad input, 130 after Ctrl-C."""
+    speak_plainly()
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="minift",
