@@ -56,7 +56,8 @@ def solved(source: Path) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run every cell, in the folder of the notebooks. Raises nbclient's CellExecutionError at the first that fails."""
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(HERE)}})
+    options = {"timeout": CELL_SECONDS, "resources": {"metadata": {"path": str(HERE)}}, "store_widget_state": False}
+    client = NotebookClient(notebook, **options)
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran
