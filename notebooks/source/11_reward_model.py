@@ -110,7 +110,7 @@ plt.show()
 # %% exercise="11.1"
 def my_loss(chosen, rejected, margin=None, normalizer=None):
     d = chosen - rejected - (0 if margin is None else margin)
-    n = len(d) if normalizer is None else normalizer
+    n = max(len(d), 1) if normalizer is None else normalizer
     sigma = 1 / (1 + np.exp(-d))
     loss = -np.log(sigma).sum() / n
 
