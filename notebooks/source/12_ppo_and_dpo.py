@@ -96,7 +96,8 @@ print(
 # ### Exercise 12.1: advantages
 #
 # Rows have different lengths: `mask` says which tokens are real, and nothing may leak through the gap. `bootstrap` is
-# the value of what comes after the last token of each row, where a text was only cut off. The attempt forgets something.
+# the value of what comes after the last token of each row, where a text was only cut off. The attempt forgets two
+# things.
 
 
 # %% exercise="12.1"
