@@ -99,8 +99,8 @@ with attempt("3.1"):
     print(check(lora.trainable_parameters, my_count, inputs={"d_out": size, "d_in": size, "r": st.integers(1, 64)}))
 
 # %% [markdown]
-# It is right for attention in GPT-3, where all matrices are square, and wrong for most layers of the models you use:
-# MLPs are wider than tall, and keys and values have fewer rows than queries.
+# It is right for attention in GPT-3, where all matrices are square, and wrong for most layers of newer models: those of
+# an MLP are not square, and keys and values have fewer rows than queries.
 #
 # ## One step, by hand
 #
@@ -222,8 +222,8 @@ for A, B in ((random_A, 0 * random_B), (0 * random_A, random_B), (0 * random_A, 
 # | mlx-lm | $x A B$ | transposed as well | $B$ | `scale`, which is $s$ itself |
 #
 # The scale is the mistake that costs most: $\alpha$ in place of $\alpha / r$ is an adapter $r$ times too strong, and no
-# shape complains. The other way round, with $\alpha$ kept and $r$ doubled, $s$ halves, and so does the effect of a step
-# on ΔW; whoever compares ranks keeps $\alpha / r$ fixed, as the next section does.
+# shape complains. The other way round, with $\alpha$ kept and $r$ doubled, $s$ halves: whoever compares ranks keeps
+# $\alpha / r$ fixed, as the next section does.
 
 # %% [markdown]
 # ## How much rank does it need?
@@ -378,8 +378,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Only the dense one is what was trained. NF4 moves a weight in steps; what adds less than half a step is lost, and
-# most adapters add little. To serve in 4 bits, keep the adapter beside the base.
+# Only the dense one is what was trained. NF4 moves a weight in steps, and what adds less than half a step is lost; an
+# adapter that adds little is lost as a whole. To serve in 4 bits, keep the adapter beside the base.
 
 # %% [markdown]
 # ## Many adapters on one base

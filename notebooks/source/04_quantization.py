@@ -271,9 +271,9 @@ with attempt("4.2"):
 # \tag{4.6}
 # $$
 #
-# A scale for each 64 numbers would not, so blocks cannot help here. But in large models the same few features are large
-# in *every* token, columns of $x$ that spoil all rows. LLM.int8 takes the columns $O$ that reach $\tau = 6$ out of the
-# sum and multiplies them as they are:
+# A scale for each 64 numbers would not: "block-wise", below, is decoded and multiplied in float32. But in large models
+# the same few features are large in *every* token, columns of $x$ that spoil all rows. LLM.int8 takes the columns $O$
+# that reach $\tau = 6$ out of the sum and multiplies them as they are:
 #
 # $$
 # y_{io} \approx \frac{a_i\, b_o}{127^2} \sum_{j \notin O} q_{ij}\, p_{oj} + \sum_{j \in O} x_{ij}\, \hat w_{oj}
@@ -308,6 +308,9 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
+# Where many columns are large, keeping them apart is no longer cheap. In small models they may be many:
+# `minift study outliers` looks at every layer of one.
+#
 # ### Exercise 4.3: the product
 #
 # `int8_vectorwise.quantize_rows` gives the codes (those of outlier columns are 0), the scales, and which columns are
