@@ -9,6 +9,7 @@ import torch
 from minift.conformance import Counterexample, check, run
 from minift.conformance.operations.nf4 import TABLE, THRESHOLDS
 from minift.conformance.strategies import Codes, Numbers
+from minift.nn.losses import cross_entropy
 from minift.quant import nf4
 from quant.wrong_quant import NearestInFloat64, Simple, SwappedNibbles, TiesUp, ZeroBlockIsCodeZero
 
@@ -103,6 +104,22 @@ def test_a_pullback_is_asked_for():
     for text in found.values():
         assert "it returned a float32 array of shape" in text
         assert "needed f(x (..., d), weight (d,), eps) -> y (..., d), vjp" in text
+
+
+def test_a_pullback_that_spends_what_it_kept():
+    """It says something else when it is called again, and every fresh one says the same as this one did."""
+
+    def spent(logits, labels, normalizer):
+        loss, vjp = cross_entropy(logits, labels, normalizer)
+        kept = vjp(1.0)
+
+        def once(dloss):
+            np.multiply(kept, kept.dtype.type(dloss), out=kept)
+            return kept.copy()
+
+        return loss, once
+
+    assert "second pullback" in fails(spent, "losses.cross_entropy", examples=0)["changes_nothing"]
 
 
 def test_torch_functions():
