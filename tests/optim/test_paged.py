@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
-from minift.optim.paged import PagedAdamW
+from minift.optim.paged import LARGEST_PAGE, PagedAdamW
 from minift.optim.pager import Pager
 from minift.quant.blockwise import BlockwiseTensor
 from minift.studies.spikes import draw, lengths_with_spikes, resident_bytes
@@ -311,6 +312,24 @@ def test_a_state_that_exists_is_moved_into_pages(make):
     same_moments(resumed.m, whole.m)
 
 
+def test_defaults():
+    """Pages of 16,384 numbers: 32 KiB of codes and 64 pairs of scales. What is in them is not printed."""
+    given = inspect.signature(PagedAdamW).parameters
+    assert [(name, p.default is p.empty) for name, p in given.items()] == [
+        ("optimizer", True),
+        ("pager", True),
+        ("page_elements", False),
+    ]
+    paged = PagedAdamW(AdamW8bit(), Pager(LARGEST_PAGE))
+    paged.update({"w": np.ones(16_385)}, {"w": np.ones(16_385)}, 0.1)
+    assert [paged.pager.peek(number).size for number in (0, 1)] == [LARGEST_PAGE, 2 + 8] == [32_768 + 512, 10]
+    assert repr(paged) == f"PagedAdamW(optimizer={AdamW8bit(step=1)}, pager={paged.pager}, page_elements=16384)"
+
+
+def test_pages_of_one_number():
+    in_step(AdamW(), PagedAdamW(AdamW(), Pager(100), 1), steps=1)
+
+
 def test_what_does_not_fit_is_refused_before_anything_moves():
     arrays = parameters()
     before = {n: a.tobytes() for n, a in arrays.items()}
@@ -338,6 +357,10 @@ def test_a_smaller_budget_than_what_is_in_use_is_refused():
     with pager.page(pager.add(np.ones(60, np.uint8))) as data:
         with pytest.raises(ValueError, match="pages in use take 60 bytes, the budget cannot be 59"):
             pager.limit(59)
+        other = pager.add(np.ones(70, np.uint8))
+        text = "a page of 70 bytes beside 60 bytes of pages in use does not fit a budget of 100"
+        with pytest.raises(ValueError, match=text), pager.page(other):
+            pass
         assert pager.budget == 100
         pager.limit(60)
         data[:] = 2
