@@ -334,8 +334,14 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
     arrays = parameters()
     before = {n: a.tobytes() for n, a in arrays.items()}
     gradients = gradients_of(arrays, 0)
+    narrow, two = PagedAdamW(AdamW8bit(), Pager(2000), 1024), {"fits": np.zeros(9), "w": np.zeros(5000)}
     with pytest.raises(ValueError, match=r"a page of 2,080 bytes does not fit a budget of 2,000: raise the budget"):
-        PagedAdamW(AdamW8bit(), Pager(2000), 1024).update({"w": np.zeros(5000)}, {"w": np.zeros(5000)}, 0.1)
+        narrow.update(two, {n: np.ones_like(a) for n, a in two.items()}, 0.1)
+    assert narrow.step == 0 and not two["fits"].any()
+    shorter = PagedAdamW(AdamW(step=1, m={"w": np.zeros(3)}, v={"w": np.zeros(3)}), Pager(2000))
+    with pytest.raises(ValueError, match=r"the moments of w have shape \(3,\), needed \(2, 3\), as the parameter"):
+        shorter.update(two := {"w": np.zeros((2, 3))}, {"w": np.ones((2, 3))}, 0.1)
+    assert shorter.step == 1 and not two["w"].any()
     with pytest.raises(ValueError, match="page_elements is 300, needed a multiple of 256"):
         PagedAdamW(AdamW8bit(), Pager(2000), 300)
     with pytest.raises(ValueError, match="page_elements is 0, needed a multiple of 1"):
