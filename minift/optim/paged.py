@@ -66,16 +66,20 @@ class PagedAdamW:
         self.optimizer.m, self.optimizer.v = {}, {}
 
     def update(self, arrays: Arrays, gradients: Arrays, learning_rate: float) -> None:
-        """One step on every array, in place, a page at a time. KeyError and ValueError as the optimizer's."""
+        """One step on every array, in place, a page at a time. KeyError and ValueError as the optimizer's, ValueError
+        for moments of another shape and for a page that is larger than the budget. Nothing has moved then."""
         check_names(arrays, gradients)
         for name, gradient in gradients.items() if isinstance(self.optimizer, AdamW8bit) else ():
             check_gradient(gradient, name)
         if broken := [name for name, theta in arrays.items() if not theta.flags.c_contiguous]:
             raise ValueError(f"AdamW writes into {broken[0]}: needed a contiguous array, see np.ascontiguousarray")
-        self.optimizer.step += 1
         for name, theta in arrays.items():
             if name not in self._paged:
                 self._add_zeros(name, theta)
+            elif theta.shape != (found := self._paged[name].shape):
+                raise ValueError(f"the moments of {name} have shape {found}, needed {theta.shape}, as the parameter")
+        self.optimizer.step += 1
+        for name, theta in arrays.items():
             self._step(theta, gradients[name], self._paged[name], learning_rate)
 
     @property

@@ -123,7 +123,5 @@ class Pager:
         return np.memmap(self._file, np.uint8, "r+", start, (size,))
 
     def _reserve(self, start: int, size: int) -> None:
-        if hasattr(os, "posix_fallocate"):
+        if hasattr(os, "posix_fallocate"):  # elsewhere (macOS) the file grows as it is mapped
             os.posix_fallocate(self._file.fileno(), start, size)
-        else:
-            self._file.truncate(start + size)

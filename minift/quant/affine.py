@@ -70,9 +70,7 @@ def quantize(x: Float[np.ndarray, "*shape"], bits: int = 4, block_size: int = 32
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused as such
         flat = x.reshape(-1).astype(np.float32, copy=False)
     starts = np.arange(block_count(x.size, block_size)) * block_size
-    least, most = (
-        extreme.reduceat(flat, starts) if starts.size else flat for extreme in (np.minimum, np.maximum)
-    )  # (blocks,)
+    least, most = (extreme.reduceat(flat, starts) for extreme in (np.minimum, np.maximum))  # (blocks,)
     if not (np.isfinite(least) & np.isfinite(most)).all():
         refuse_non_finite(x)
     step = ((most.astype(np.float64) - least) / top).astype(np.float32)

@@ -108,6 +108,19 @@ def zero_stays_zero(op, case):
     assert np.array_equal(vjp(dy), dy / 0.25)
 
 
+def test_a_row_of_length_eps_counts_as_shorter():
+    """There equation (3) has a kink, and takes dy / ε."""
+    dy = np.array([2.0, 7.0])
+    np.testing.assert_array_equal(pooling.unit_length(np.array([3.0, 4.0]), 5.0)[1](dy), dy / 5)
+
+
+def test_the_smallest_length_is_torchs():
+    """Rows so short that ε alone sets what becomes of them."""
+    x = np.array([[3e-13, -4e-13], [2e-14, 0]])
+    expected = torch.nn.functional.normalize(torch.tensor(x), dim=-1).numpy()
+    np.testing.assert_allclose(pooling.unit_length(x)[0], expected, rtol=2.0**-51)
+
+
 POOL = [gradients, keeps_the_dtype_and_its_arguments]
 SUITES = {
     "mean_pool": (pooling.mean_pool, [mean_is_torchs, *POOL], wrong_pooling.MEAN_POOL),
@@ -135,7 +148,13 @@ def test_pooling_kill_matrix(name):
 
 
 @pytest.mark.parametrize("op", [pooling.mean_pool, pooling.last_token])
-@pytest.mark.parametrize("lengths", [[2, 0], [2, 4]])
+@pytest.mark.parametrize("lengths", [[1, 5, 0], [1, 5, 6]])
 def test_a_row_needs_as_many_tokens_as_it_says(op, lengths):
-    with pytest.raises(ValueError, match=rf"row 1 has {lengths[1]} tokens, needed 1 to 3"):
-        op(np.zeros((2, 3, 4)), np.array(lengths))
+    with pytest.raises(ValueError, match=rf"row 2 has {lengths[2]} tokens, needed 1 to 5"):
+        op(np.zeros((3, 5, 4)), np.array(lengths))
+
+
+@pytest.mark.parametrize("op", [pooling.mean_pool, pooling.last_token])
+def test_a_batch_without_rows(op):
+    y, vjp = op(np.zeros((0, 5, 4)), np.zeros(0, int))
+    assert y.shape == (0, 4) and vjp(y).shape == (0, 5, 4)

@@ -443,6 +443,14 @@ def test_bytes_are_two_and_eight_a_block(block_size):
     assert optimizer.nbytes == n * (2 + 8 / block_size) + 8 * 100
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_fresh_moments_are_zeros_quantized(which):
+    """The code that stands for zero, not only a scale of zero."""
+    q, code = zero_moments(np.ones((70, 65), np.float32))[which], (DYNAMIC, DYNAMIC_UNSIGNED)[which]
+    assert not code[q.codes].any() and not q.absmax.any()
+    checks.same_bits(q.codes, blockwise.quantize(np.zeros(70 * 65), code, 256).codes, "codes")
+
+
 def test_resuming_at_any_step_is_as_if_nothing_had_happened(rng):
     start = parameters(rng)
 
@@ -466,6 +474,9 @@ def test_defaults():
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
     assert (optimizer.block_size, optimizer.min_8bit_size) == (256, 4096)
     assert (optimizer.step, optimizer.m, optimizer.v, optimizer.nbytes) == (0, {}, {}, 0)
+    assert repr(optimizer) == (  # without the moments
+        "AdamW8bit(beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0, step=0, block_size=256, min_8bit_size=4096)"
+    )
     given = make(CASES[1])
     for op in (adamw8bit_1, in_place):
         assert_same(op(*given, 0.1), op(*given, 0.1, 0.9, 0.999, 1e-8, 0.0))
@@ -484,7 +495,7 @@ def test_what_does_not_fit_is_refused_before_anything_moves(rng):
     assert {n: a.tobytes() for n, a in arrays.items()} == before
     assert (optimizer.step, optimizer.m) == (0, {})
     with pytest.raises(ValueError, match=r"^the gradient of the parameter is nan at index \(1,\), "):
-        adamw8bit.check_gradient(np.array([1, np.nan]))
+        adamw8bit.check_gradient(np.array([LARGEST_GRADIENT, np.nan, np.inf]))
     adamw8bit.check_gradient(np.array([LARGEST_GRADIENT, -LARGEST_GRADIENT]))
     gradients["t"][1, 0, 1] = LARGEST_GRADIENT
     optimizer.update(arrays, gradients, 0.1)

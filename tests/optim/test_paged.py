@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from minift.optim.adamw import AdamW
 from minift.optim.adamw8bit import AdamW8bit
-from minift.optim.paged import PagedAdamW
+from minift.optim.paged import LARGEST_PAGE, PagedAdamW
 from minift.optim.pager import Pager
 from minift.quant.blockwise import BlockwiseTensor
 from minift.studies.spikes import draw, lengths_with_spikes, resident_bytes
@@ -311,12 +312,36 @@ def test_a_state_that_exists_is_moved_into_pages(make):
     same_moments(resumed.m, whole.m)
 
 
+def test_defaults():
+    """Pages of 16,384 numbers: 32 KiB of codes and 64 pairs of scales. What is in them is not printed."""
+    given = inspect.signature(PagedAdamW).parameters
+    assert [(name, p.default is p.empty) for name, p in given.items()] == [
+        ("optimizer", True),
+        ("pager", True),
+        ("page_elements", False),
+    ]
+    paged = PagedAdamW(AdamW8bit(), Pager(LARGEST_PAGE))
+    paged.update({"w": np.ones(16_385)}, {"w": np.ones(16_385)}, 0.1)
+    assert [paged.pager.peek(number).size for number in (0, 1)] == [LARGEST_PAGE, 2 + 8] == [32_768 + 512, 10]
+    assert repr(paged) == f"PagedAdamW(optimizer={AdamW8bit(step=1)}, pager={paged.pager}, page_elements=16384)"
+
+
+def test_pages_of_one_number():
+    in_step(AdamW(), PagedAdamW(AdamW(), Pager(100), 1), steps=1)
+
+
 def test_what_does_not_fit_is_refused_before_anything_moves():
     arrays = parameters()
     before = {n: a.tobytes() for n, a in arrays.items()}
     gradients = gradients_of(arrays, 0)
+    narrow, two = PagedAdamW(AdamW8bit(), Pager(2000), 1024), {"fits": np.zeros(9), "w": np.zeros(5000)}
     with pytest.raises(ValueError, match=r"a page of 2,080 bytes does not fit a budget of 2,000: raise the budget"):
-        PagedAdamW(AdamW8bit(), Pager(2000), 1024).update({"w": np.zeros(5000)}, {"w": np.zeros(5000)}, 0.1)
+        narrow.update(two, {n: np.ones_like(a) for n, a in two.items()}, 0.1)
+    assert narrow.step == 0 and not two["fits"].any()
+    shorter = PagedAdamW(AdamW(step=1, m={"w": np.zeros(3)}, v={"w": np.zeros(3)}), Pager(2000))
+    with pytest.raises(ValueError, match=r"the moments of w have shape \(3,\), needed \(2, 3\), as the parameter"):
+        shorter.update(two := {"w": np.zeros((2, 3))}, {"w": np.ones((2, 3))}, 0.1)
+    assert shorter.step == 1 and not two["w"].any()
     with pytest.raises(ValueError, match="page_elements is 300, needed a multiple of 256"):
         PagedAdamW(AdamW8bit(), Pager(2000), 300)
     with pytest.raises(ValueError, match="page_elements is 0, needed a multiple of 1"):
@@ -338,6 +363,10 @@ def test_a_smaller_budget_than_what_is_in_use_is_refused():
     with pager.page(pager.add(np.ones(60, np.uint8))) as data:
         with pytest.raises(ValueError, match="pages in use take 60 bytes, the budget cannot be 59"):
             pager.limit(59)
+        other = pager.add(np.ones(70, np.uint8))
+        text = "a page of 70 bytes beside 60 bytes of pages in use does not fit a budget of 100"
+        with pytest.raises(ValueError, match=text), pager.page(other):
+            pass
         assert pager.budget == 100
         pager.limit(60)
         data[:] = 2

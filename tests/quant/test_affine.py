@@ -120,11 +120,33 @@ def test_bits_and_refusals(rng):
     x = rng.standard_normal((4, 32)).astype(f32)
     q = affine.quantize(x)
     assert q.bits_per_parameter == 4 + 64 / 32 and repr(q) == "AffineTensor((4, 32), 4 bits, blocks of 32)"
+    assert affine.quantize(x[0, :1]).bits_per_parameter == 4 + 64
+    assert affine.quantize(x[:0]).bits_per_parameter == 4
     assert affine.quantize(x.astype(np.float64)).codes.tobytes() == q.codes.tobytes()
-    x[1, 2] = np.nan
-    refused(lambda: affine.quantize(x), "cannot quantize nan at index (1, 2)")
-    refused(lambda: affine.quantize(f32([1]), 9), "bits: 9, needed 2 … 8\n")
+    for value in (np.nan, np.inf, -np.inf):
+        x[1, 2] = value
+        refused(lambda: affine.quantize(x), f"cannot quantize {value} at index (1, 2)")
+    for bits in (1, 9, 2000, True):
+        refused(lambda bits=bits: affine.quantize(f32([1]), bits), f"bits: {bits}, needed 2 … 8\n")
     refused(lambda: affine.quantize(f32([1]), 4, 0), "block_size: 0, needed a positive integer\n")
-    parts = q.codes, q.step, q.least, q.shape, q.block_size
-    refused(lambda: AffineTensor(*parts, bits=3), "codes: found 15, 3 bits hold 0 … 7\n")
-    refused(lambda: AffineTensor(q.codes, q.step[1:], *parts[2:]), "step: float32 (3,), needed float32 (4,)")
+
+
+def test_parts_that_do_not_fit_are_refused(rng):
+    q = affine.quantize(rng.standard_normal((4, 32)).astype(f32))
+    codes, step, least, shape, block_size = parts = q.codes, q.step, q.least, q.shape, q.block_size
+    assert AffineTensor(*parts).bits == 4
+    for args, bits, message in [
+        ((codes[1:], step, least, shape, block_size), 4, "codes: uint8 (127,), needed uint8 (128,), one for each elem"),
+        ((codes, step[1:], least, shape, block_size), 4, "step: float32 (3,), needed float32 (4,), one for each block"),
+        ((codes, step, least[1:], shape, block_size), 4, "least: float32 (3,), needed float32 (4,), one for each bloc"),
+        (parts, 3, "codes: found 15, 3 bits hold 0 … 7\n"),
+        (parts, 9, "bits: 9, needed 2 … 8\n"),
+    ]:
+        refused(lambda args=args, bits=bits: AffineTensor(*args, bits=bits), message)
+
+
+def test_frozen_and_compared_by_identity():
+    q, same = (affine.quantize(np.ones(64, f32)) for _ in range(2))
+    assert q == q and q != same and len({q, same}) == 2
+    with pytest.raises(AttributeError, match="cannot assign"):
+        q.block_size = 16

@@ -1,5 +1,6 @@
 """8-bit products with outlier columns apart: exact integers, the error bound, bitsandbytes, the pullback."""
 
+import inspect
 from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
@@ -117,12 +118,15 @@ def test_wrong_versions_are_rejected():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("threshold", [0.0, 3.0, 6.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 3.0, 6.0])
 @pytest.mark.parametrize("n", [1, 50])
 def test_codes_and_scales_are_those_of_bitsandbytes(dtype, threshold, n, rng):
-    """Bit for bit, and the outlier columns too (without a threshold they have none)."""
+    """Bit for bit, and the outlier columns too (without a threshold they have none). The last row is small beside its
+    outlier."""
     x = rng.standard_normal((n, 96)).astype(dtype)
     x[:, [5, 60]] *= dtype(8)
+    x[-1] *= dtype(0.1)
+    x[-1, 5] = 9
     codes, absmax, columns = torch.ops.bitsandbytes.int8_vectorwise_quant(torch.from_numpy(x.copy()), threshold)
     q, a, outliers = quantize_rows(x, threshold)
     same_bits(q, codes.numpy(), "codes")
@@ -181,6 +185,17 @@ def test_zeros_tiny_and_huge_numbers(rng):
     assert y.shape == (0, 3) and vjp(y).shape == (0, 8)
 
 
+def test_a_row_below_1e_36_is_coded_as_if_that_were_its_scale():
+    """Its own 127 / a would soon be infinite. The scale that is stored is its own: what comes back is smaller."""
+    q, a, _ = quantize_rows(f32([[0.9, 0.5001, 0.4999]]) * f32(1e-36))
+    assert a[0] == f32(0.9) * f32(1e-36)
+    assert q.tolist() == [[round(127 * 0.9), 64, 63]]
+
+
+def test_scales_without_columns_are_zero():
+    assert quantize(np.zeros((3, 0), f32)).absmax.tolist() == [0, 0, 0]
+
+
 def test_float16_is_raised_and_rounded_once(rng):
     x, w = rng.standard_normal((6, 20)).astype(np.float16), quantize(rng.standard_normal((3, 20)).astype(f32))
     x[:, 2] *= np.float16(9)
@@ -202,4 +217,17 @@ def test_as_a_weight(rng):
     np.testing.assert_allclose(over, y + 2 * (x @ A.T) @ B.T, atol=1e-4)
     assert repr(kept) == "Int8Tensor((6, 9), 78 bytes)"
     refused(lambda: Int8Tensor(kept.codes.ravel(), kept.absmax), "codes: int8 (54,), needed int8 (out, in)\n")
-    refused(lambda: Int8Tensor(kept.codes, kept.absmax[1:]), "absmax: float32 (5,), needed float32 (6,)")
+    needed = "needed float32 (6,), one for each row of the codes\n"
+    refused(lambda: Int8Tensor(kept.codes, kept.absmax[1:]), f"absmax: float32 (5,), {needed}")
+
+
+def test_frozen_and_compared_by_identity():
+    w, same = (quantize(np.ones((3, 4), f32)) for _ in range(2))
+    assert w == w and w != same and len({w, same}) == 2
+    with pytest.raises(AttributeError, match="cannot assign"):
+        w.threshold = 3.0
+
+
+@pytest.mark.parametrize("function", [Int8Tensor, quantize, forward])
+def test_the_threshold_is_the_papers(function):
+    assert inspect.signature(function).parameters["threshold"].default == 6

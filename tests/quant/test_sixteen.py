@@ -85,12 +85,14 @@ def through_the_other(x, dtype):
 
 
 def numbers():
-    """Normal ones, ties of either type, the edges of float16's range, subnormal numbers, zeros of both signs."""
+    """Normal ones, ties of either type and what is next to them, the edges of float16's range, subnormal numbers, zeros
+    of both signs."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(500).astype(f32)
     ties = (1 + np.arange(-7, 8)[:, None] * 2.0 ** -np.arange(7, 13)).ravel().astype(f32)
+    beside = [np.nextafter(ties, f32(end)) for end in (-np.inf, np.inf)]
     edges = f32([65504, 65519, 2.0**-14, 2.0**-24, 2.0**-25, 3 * 2.0**-26, 2.0**-133, 2.0**-134, 3e-39, 1e-45, 0])
-    return np.concatenate([x, ties, edges, -edges, x * f32(2.0**-15), x * f32(1e-38)])
+    return np.concatenate([x, ties, *beside, edges, -edges, x * f32(2.0**-15), x * f32(1e-38)])
 
 
 PROPERTIES = (within_the_bound, as_torch, nothing_is_nearer)
@@ -112,8 +114,15 @@ def test_wrong_rounding_is_rejected():
     kill_matrix(PROPERTIES, WRONG, [numbers()])
 
 
+def test_nan_and_infinity_in_bfloat16():
+    """A NaN stays one, quiet, with its sign and the upper bits of its fraction: also where only its lower bits are set,
+    and where adding half a unit would carry into the sign."""
+    x = np.array([0x7F800001, 0x7FFFFFFF, 0xFF810000, 0xFFA2FFFF, 0x7F800000, 0xFF800000], np.uint32).view(f32)
+    assert to_bfloat16(x).tolist() == [0x7FC0, 0x7FFF, 0xFFC1, 0xFFE2, 0x7F80, 0xFF80]
+
+
 def test_what_does_not_fit_is_refused():
-    w = f32([[1, 2], [65520, 3]])
+    w = f32([[1, 2], [65520, 1e5]])
     refused(lambda: round_to(w, "float16"), "65520.0 at index (1, 0) is not finite in float16: keep this weight in")
     assert round_to(w, "bfloat16").dense()[1, 0] == 65536
     refused(lambda: round_to(f32([3.4e38]), "bfloat16"), "at index (0,) is not finite in bfloat16")
@@ -122,6 +131,13 @@ def test_what_does_not_fit_is_refused():
     refused(lambda: store({"a": w}, "int8"), "dtype: 'int8', needed one of 'float32', 'bfloat16', 'float16'\n")
     refused(lambda: store({"a": w}, "float16"), "a: 65520.0 at index (1, 0)")
     refused(lambda: SixteenBitTensor(w), "bits: float32, needed float16, or uint16 that holds bfloat16\n")
+
+
+def test_frozen_and_compared_by_identity():
+    w, same = (round_to(np.ones((3, 4), f32), "bfloat16") for _ in range(2))
+    assert w == w and w != same and len({w, same}) == 2
+    with pytest.raises(AttributeError, match="cannot assign"):
+        w.bits = same.bits
 
 
 # --- the weight -------------------------------------------------------------------------------------------------------
