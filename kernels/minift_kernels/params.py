@@ -2,7 +2,7 @@
 
 What learns is float32 (or float64, if it was), on any device: these are the master weights to which small steps are
 added, and 16 bits would swallow most of them. It asks for a gradient. What is frozen is only multiplied with, and takes
-`dtype`, 16 bits on a GPU. Codes and scales of NF4 keep their bytes: they are what the model is.
+`dtype`, 16 bits on a GPU. Codes and scales keep their bytes: they are what the model is.
 
 Nothing shares memory with what it was made from, so a step of an optimizer on one side is not seen on the other.
 """
@@ -20,12 +20,14 @@ from minift.nn import weight as reference
 from minift.peft import lora as reference_lora
 from minift.peft import tuned as reference_tuned
 from minift.quant import double_quant as reference_double_quant
+from minift.quant import int8_vectorwise as reference_int8
 from minift.quant import nf4 as reference_nf4
 from minift.quant.sixteen import SixteenBitTensor
 from minift_kernels.nn.weight import Frozen, Params
 from minift_kernels.peft.lora import LoRA
 from minift_kernels.peft.tuned import Tuned
 from minift_kernels.quant.double_quant import DoubleQuantizedScales
+from minift_kernels.quant.int8_vectorwise import Int8Tensor
 from minift_kernels.quant.nf4 import NF4Tensor
 
 
@@ -63,13 +65,15 @@ def _tensors(w: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any
             return Frozen(copy(w.dense()).to(dtype))
         case reference_nf4.NF4Tensor():
             return NF4Tensor(copy(w.codes), scales(w.absmax), w.shape, w.block_size)
+        case reference_int8.Int8Tensor():
+            return Int8Tensor(copy(w.codes), copy(w.absmax), w.threshold)
         case reference_lora.LoRA():
             A, B = learning(w.A), learning(w.B)
             return LoRA(kept(w.base), A, B, w.lora_alpha, w.use_rslora, w.lora_dropout)
         case reference_tuned.Tuned():
             return Tuned(kept(w.base), learning(w.array))
     raise TypeError(
-        f"{name}: {type(w).__name__}, needed an ndarray, Frozen, SixteenBitTensor, NF4Tensor, LoRA or Tuned"
+        f"{name}: {type(w).__name__}, needed an ndarray, Frozen, SixteenBitTensor, NF4Tensor, LoRA, Tuned or Int8Tensor"
     )
 
 
@@ -100,9 +104,11 @@ def _arrays(w: Any, name: str) -> Any:
             return reference.Frozen(copy(w.array))
         case NF4Tensor():
             return reference_nf4.NF4Tensor(copy(w.codes), scales(w.absmax), w.shape, w.block_size)
+        case Int8Tensor():
+            return reference_int8.Int8Tensor(copy(w.codes), copy(w.absmax), w.threshold)
         case LoRA():
             A, B = copy(w.A), copy(w.B)
             return reference_lora.LoRA(_arrays(w.base, name), A, B, w.lora_alpha, w.use_rslora, w.lora_dropout)
         case Tuned():
             return reference_tuned.Tuned(_arrays(w.base, name), copy(w.array))
-    raise TypeError(f"{name}: {type(w).__name__}, needed a Tensor, Frozen, NF4Tensor, LoRA or Tuned")
+    raise TypeError(f"{name}: {type(w).__name__}, needed a Tensor, Frozen, NF4Tensor, LoRA, Tuned or Int8Tensor")

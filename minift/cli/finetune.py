@@ -23,7 +23,6 @@ from minift.cli.common import (
     console,
     emit,
     engine_on,
-    llama_only,
     modules,
     peak_memory_bytes,
     read_data,
@@ -158,8 +157,6 @@ class Finetune:
             )
         engine = engine_on(self.device)
         config, params = load_model(self.model, dtype=self.dtype)
-        if self.device != "cpu":
-            llama_only(config, self.model, f"--device {self.device}")
         settings = self._settings(config)
         warn_beyond(config, self.seq_len, "examples of --seq-len")
         tokenizer = load_tokenizer(self.model)

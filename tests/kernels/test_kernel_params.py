@@ -125,7 +125,7 @@ def test_the_model_computes_the_same(params, rng):
 def test_what_is_no_weight_is_refused():
     with pytest.raises(TypeError, match="layer: float, needed an ndarray, Frozen, SixteenBitTensor, NF4Tensor, LoRA"):
         twins.from_numpy({"layer": 1.0})
-    with pytest.raises(TypeError, match="layer: ndarray, needed a Tensor, Frozen, NF4Tensor, LoRA or Tuned"):
+    with pytest.raises(TypeError, match="layer: ndarray, needed a Tensor, Frozen, NF4Tensor, LoRA, Tuned or Int8"):
         twins.to_numpy({"layer": np.ones(3)})
 
 

@@ -18,6 +18,8 @@ NAMES, NUMBERS = "works on names, not on numbers: the twin uses it as it is", "w
 SCORES = "works on the scores of a whole set, on the host: the twin uses it as it is"
 TEXTS = "works on texts and files, and on what the host knows of them: the twin uses it as it is"
 AUTOGRAD = "adds up cotangents, which autograd does"
+CHOSEN = "tokens are chosen on the host, by the reference's code"
+DRAWN = "made in NumPy, then taken to a device: both start from the same bits"
 STUDY = "a step on the way to the function that has the twin"
 
 WITHOUT_TWIN = {
@@ -44,8 +46,7 @@ WITHOUT_TWIN = {
     "quant.blockwise.block_count": NUMBERS,
     "quant.blockwise.check_codebook": "codebooks are NumPy's tables, and are checked there",
     "quant.blockwise.numbers_per_scale": NUMBERS,
-    "quant.affine": "a data type of the studies, which has no kernel: in 4 bits NF4 is what is trained over",
-    "quant.int8_vectorwise": "not written yet: torch's own product of 8-bit matrices takes few shapes",
+    "quant.int8_vectorwise.integer_product_1": STUDY,
     "quant.codebooks": "tables, made once in NumPy; a twin takes them to its device",
     "quant.nf4.normal_quantiles": "derives the table, once, in NumPy; the twin imports the table",
     "quant.nf4.check_block_size": NUMBERS,
@@ -55,8 +56,6 @@ WITHOUT_TWIN = {
     "peft.adapter": NAMES,
     "peft.batched.forward_1": STUDY,
     "optim.schedules": NUMBERS,
-    "nn.pooling": "not written yet",
-    "models.bert": "not written yet",
     "optim.adamw8bit.largest_step": NUMBERS,
     "nn.lstm.lstm_1": STUDY,
     "nn.lstm.lstm_2": "the twin is called lstm, as is the reference's last form",
@@ -78,17 +77,27 @@ WITHOUT_TWIN = {
     "rlhf.ppo.too_far": NUMBERS,
     "rlhf.ppo.next_kl_coef": NUMBERS,
     "rlhf.ppo.Settings": NUMBERS,
-    "models.classifier": "not written yet",
-    "models.gpt2": "not written yet",
-    "models.layout": "four lines of the twin's llama._layout",
-    "models.generation": "tokens are chosen on the host, by the reference's code",
+    "models.generation.check_settings": NUMBERS,
+    "models.generation.choose": CHOSEN,
+    "models.generation.probabilities": CHOSEN,
+    "models.generation.sample": CHOSEN,
     "models.llama.shapes": NAMES,
-    "models.llama.initialize": "made in NumPy, then taken to a device: both engines start from the same bits",
+    "models.llama.initialize": DRAWN,
+    "models.gpt2.shapes": NAMES,
+    "models.bert.shapes": NAMES,
+    "models.bert.initialize": DRAWN,
 }
 WITHOUT_PARAMETER: dict[str, str] = {}
 MORE = {  # parameters by keyword that a twin has beside the reference's and `backend`
     "nn.attention.attention": ("tiles",),
     "models.llama.backbone": ("dtype",),
+    "models.gpt2.backbone": ("dtype",),
+    "models.gpt2.block": ("tiles",),
+    "models.bert.backbone": ("dtype",),
+    "models.bert.block": ("tiles",),
+    "models.bert.embed": ("dtype",),
+    "models.classifier.features": ("dtype",),
+    "models.classifier.logits": ("dtype",),
     "rlhf.actor_critic.assess": ("dtype",),
     "rlhf.actor_critic.forward": ("dtype",),
     "rlhf.actor_critic.loss": ("dtype",),

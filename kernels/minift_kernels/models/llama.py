@@ -22,9 +22,10 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minift.models import generation
 from minift.models.llama import EMBEDDING, FUSED, HEAD, LINEAR_MODULES, Config, head_name
 from minift_kernels import backend as backends
+from minift_kernels.models import generation
+from minift_kernels.models.layout import slots_and_positions
 from minift_kernels.nn.attention import KVCache, Tiles, attention, causal_mask, tile_map
 from minift_kernels.nn.dropout import fold_in
 from minift_kernels.nn.embedding import embedding
@@ -191,10 +192,7 @@ def stream(
     backend: str | None = None,
     **options: Any,
 ) -> Iterator[Integer[Tensor, " batch"]]:
-    """The continuation of each prompt, one token a row at a time. `options` are those of `generation.stream`.
-
-    Tokens are chosen on the host, from logits in float32, by the reference's code: with the same `rng` they differ
-    only where two logits are closer than their rounding."""
+    """The continuation of each prompt, one token a row at a time. `options` are those of `generation.stream`."""
     before = soft_prompt.length(params) if prefix is None else prefix.shape[3]
     capacity = before + tokens.shape[1] + max_new_tokens
     gain = dense(params["model.norm.weight"])
@@ -207,16 +205,11 @@ def stream(
         cache.put_prefix(prefix)
 
     def next_logits(text, lengths):
-        with torch.no_grad():
-            text, lengths = (torch.from_numpy(np.asarray(a, np.int64)) for a in (text, lengths))
-            hidden = backbone(params, text.to(gain.device), config, lengths=lengths, cache=cache, backend=backend)
-            last = hidden[torch.arange(len(text)), lengths - 1]  # one row a text reaches the head, not the whole prompt
-            return linear(last, params[head_name(config)], backend=backend).float().cpu().numpy()
+        hidden = backbone(params, text.to(gain.device), config, lengths=lengths, cache=cache, backend=backend)
+        last = hidden[torch.arange(len(text)), lengths - 1]  # one row a text reaches the head, not the whole prompt
+        return linear(last, params[head_name(config)], backend=backend)
 
-    host = options | {"lengths": np.asarray(options["lengths"])} if options.get("lengths") is not None else options
-    prompts = tokens.cpu().numpy()
-    for chosen in generation.stream(next_logits, prompts, max_new_tokens, temperature, rng, **host):
-        yield torch.from_numpy(chosen).to(tokens.device)
+    return generation.stream(next_logits, tokens, max_new_tokens, temperature, rng, **options)
 
 
 def generate(
@@ -239,13 +232,7 @@ def _layout(x, config, segments, prefix, cache, backend) -> _Pass:
     if cache is not None:
         before = before + cache.lengths
     keys = int(before.max()) + tokens
-    index = torch.arange(tokens, device=x.device)
-    slots = before.to(x.device)[:, None] + index  # (B, T): where each token's key stands
-    positions = slots
-    if segments is not None:
-        starts = torch.ones_like(segments, dtype=torch.bool)
-        starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        positions = slots - torch.where(starts, index, 0).cummax(dim=1).values
+    slots, positions = slots_and_positions(before.to(x.device), tokens, segments)
     omega = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).to(x.device)
     cos, sin = rotations(positions, omega, backends.widened(x[:0]).dtype)  # 16-bit angles would be 16-bit rotations
     visible = causal_mask(slots, keys, segments)

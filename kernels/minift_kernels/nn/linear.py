@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from minift_kernels import backend as backends
-from minift_kernels.nn.weight import Weight
+from minift_kernels.nn.weight import Weight, unwrap
 
 
 def linear(
     x: Float[Tensor, "*rows d_in"],
     weight: Float[Tensor, "d_out d_in"] | Weight,
-    bias: Float[Tensor, " d_out"] | None = None,
+    bias: Float[Tensor, " d_out"] | Weight | None = None,
     *,
     dropout_key: int | None = None,
     backend: str | None = None,
@@ -27,10 +27,10 @@ def linear(
     W and b of another type than x's are rounded to it, and their gradients come back in their own: weights that learn
     in float32 multiply in 16 bits."""
     backends.choose(backend, x.device, x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    shift = None if bias is None else unwrap(bias)[0].to(x.dtype)
     if isinstance(weight, Tensor):
         weight = weight.to(x.dtype)
-        flat = functional.linear(backends.rows(x), weight, bias)  # a matrix: then the bias is added before rounding
+        flat = functional.linear(backends.rows(x), weight, shift)  # a matrix: then the bias is added before rounding
         return flat.view(*x.shape[:-1], len(weight))
     y = weight.linear(x, dropout_key, backend=backend)
-    return y if bias is None else y + bias
+    return y if shift is None else y + shift

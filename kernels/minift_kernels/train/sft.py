@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minift.data.batches import Batch
 from minift.nn.losses import IGNORE_INDEX
-from minift_kernels.models import llama
+from minift_kernels.models import Config, module_of
 from minift_kernels.nn.losses import linear_cross_entropy
 from minift_kernels.nn.weight import Params, dense, trainable
 
@@ -18,7 +18,7 @@ from minift_kernels.nn.weight import Params, dense, trainable
 def loss(
     params: Params,
     batch: Batch,
-    config: llama.Config,
+    config: Config,
     normalizer: float | None = None,
     dropout_key: int | None = None,
     recompute: bool = False,
@@ -31,14 +31,15 @@ def loss(
     `vjp(dloss) -> {name: gradient}`, as the training loop wants it, is autograd's. The batch is NumPy's and is moved to
     the parameters' device; `dtype` is that of the activations (`llama.backbone`). Only positions whose next label
     counts reach the head."""
-    device = dense(params[llama.EMBEDDING]).device
+    model = module_of(config)
+    device = dense(params[model.EMBEDDING]).device
 
     def moved(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(array, np.int64)).to(device)
 
     next_labels = batch.labels[:, 1:]  # position t predicts token t + 1
     rows, positions = np.nonzero(next_labels != IGNORE_INDEX)
-    hidden = llama.backbone(
+    hidden = model.backbone(
         params,
         moved(batch.tokens),
         config,
@@ -50,7 +51,7 @@ def loss(
     )
     counting = hidden[moved(rows), moved(positions)]
     labels = moved(next_labels[rows, positions])
-    head = params[llama.head_name(config)]
+    head = params[model.head_name(config)]
     value = linear_cross_entropy(counting, head, labels, normalizer, recompute=recompute, backend=backend)
 
     def vjp(dloss: float) -> dict[str, Tensor]:
