@@ -339,7 +339,7 @@ other = axes.twinx()
 other.plot(along, [r["reward"] for r in weak], marker="s", linestyle="--", color="#d65f5f", label="reward (right)")
 other.spines["right"].set_visible(True)
 other.grid(False)
-axes.legend(loc="lower left")
+axes.legend(loc="lower center")
 other.legend(loc="lower right")
 plt.show()
 
