@@ -41,7 +41,7 @@ def with_head(params: Params, config: Config, classes: int, rng: np.random.Gener
     if isinstance(config, llama.Config):
         return with_score(params, classes, rng)
     weight = (0.02 * rng.standard_normal((classes, config.hidden_size))).astype(dense(params[bert.WORDS]).dtype)
-    return {f"{TRUNK}{name}": w for name, w in params.items()} | {WEIGHT: weight, BIAS: np.zeros_like(weight[:, 0])}
+    return {f"{TRUNK}{name}": w for name, w in params.items()} | {WEIGHT: weight, BIAS: np.zeros(classes, weight.dtype)}
 
 
 def with_score(params: Params, classes: int, rng: np.random.Generator) -> dict[str, Any]:

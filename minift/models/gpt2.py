@@ -218,7 +218,7 @@ def backbone(
     before = np.zeros(batch, np.int64) if cache is None else cache.lengths
     slots, positions = slots_and_positions(before, tokens, segments)
     require_positions(config, int(positions.max()) + 1)
-    visible = causal_mask(slots, int(before.max(initial=0)) + tokens, segments)
+    visible = causal_mask(slots, int(before.max()) + tokens, segments)
     words, words_vjp = embedding(inputs, params[EMBEDDING]) if from_tokens else (inputs, None)
     places, places_vjp = embedding(positions, params[POSITIONS])
     x = words + places  # (B, T, d)
@@ -249,12 +249,10 @@ def backbone(
         for layer in reversed(range(lowest, config.num_hidden_layers)):
             dx, weights = pullbacks[layer](dx)
             contributions += weights
-        if lowest == 0:
-            contributions.append((POSITIONS, places_vjp(dx)))
+        contributions.append((POSITIONS, places_vjp(dx)))  # both tables are frozen where a block has been left out
         if words_vjp is None:
             return dx, None, gradients(contributions)
-        if lowest == 0:
-            contributions.append((EMBEDDING, words_vjp(dx)))
+        contributions.append((EMBEDDING, words_vjp(dx)))
         return None, None, gradients(contributions)
 
     return hidden, vjp

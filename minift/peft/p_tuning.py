@@ -63,9 +63,9 @@ def fresh(
     num_virtual_tokens: int,
     *,
     rng: np.random.Generator,
-    encoder: Encoder = "MLP",
-    encoder_hidden_size: int | None = None,
-    encoder_num_layers: int = 2,
+    encoder: Encoder,
+    encoder_hidden_size: int | None,
+    encoder_num_layers: int,
 ) -> Arrays:
     """E and the encoder before training, for a model of width d. ValueError as `attach`."""
     check_count(num_virtual_tokens)

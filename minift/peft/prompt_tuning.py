@@ -19,7 +19,7 @@ from jaxtyping import Float, Integer
 from minift.nn.weight import Params, dense, freeze
 
 TABLE = "prompt_embeddings"  # (p, d), as in PEFT's files
-WORDS = ("embed_tokens.weight", "wte.weight")  # how the name of the model's own table ends
+WORDS = ("embed_tokens.weight",)  # how the name of the table ends in models that look for a prompt
 
 
 def attach(

@@ -31,7 +31,7 @@ def feed_forward(
     """Equation (1) for the layers {path}.0, .2, .4, … (the odd ones are the activations);  `vjp(dy) -> dx, gradients`.
 
     `gradients` are {name: array} for the weight and bias of every layer."""
-    layers = [f"{path}.{i}" for i in range(0, len(arrays) * 2, 2) if f"{path}.{i}.weight" in arrays]
+    layers = [f"{path}.{i}" for i in range(0, len(arrays), 2) if f"{path}.{i}.weight" in arrays]
     pullbacks, activated = [], []
     for index, layer in enumerate(layers):
         if index:

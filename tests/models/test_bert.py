@@ -11,9 +11,11 @@ import pytest
 import torch
 import transformers
 import wrong_bert
+from model_checks import defaults, dropout_keys, watch_blocks
 
 from minift.conformance.gradients import check_gradients
 from minift.models import bert
+from minift.nn.dropout import fold_in
 from minift.nn.weight import dense, freeze, replace, thaw, trainable
 from minift.peft import lora, qlora
 
@@ -171,6 +173,36 @@ def test_what_learns_gets_its_gradient_and_nothing_else_does(kind, rng):
     check_gradients(embed, params, rng=rng, expected=expected)
 
 
+def test_one_parameter_alone_gets_the_gradient_that_it_has_among_all(rng):
+    params, dy = model(2), rng.standard_normal((3, 12))
+    full = embed(params)[1](dy)
+    for name in full:
+        found = embed(freeze(params) | {name: params[name]})[1](dy)
+        assert found.keys() == {name} and np.array_equal(found[name], full[name]), name
+
+
+def test_what_a_pass_keeps_and_which_parts_are_run_backward(monkeypatch, rng):
+    """−1 are the embeddings."""
+    params, dhidden = model(2), rng.standard_normal((3, 9, 12))
+    below = {n: w for n, w in params.items() if n.startswith("encoder.layer.0.")}
+    top = {n: w for n, w in params.items() if n.startswith("encoder.layer.1.")}
+    embeddings = bert._embeddings
+    for learned, parts in ((params, [-1, 0, 1]), (below, [0, 1]), (top, [1]), ({}, [])):
+        for options in ({}, {"recompute": True}):
+            with monkeypatch.context() as patch:
+                kept, run_backward = watch_blocks(bert, patch)
+
+                def watched(*args, run_backward=run_backward):
+                    x, vjp = embeddings(*args)
+                    return x, lambda dy: run_backward.append(-1) or vjp(dy)
+
+                patch.setattr(bert, "_embeddings", watched)
+                _, vjp = bert.backbone(freeze(params) | learned, TOKENS, CONFIG, **options)
+                assert kept() == ([] if options else [part for part in parts if part >= 0])
+                vjp(dhidden)
+                assert run_backward == parts[::-1]
+
+
 @pytest.mark.parametrize("kind", [with_lora, with_qlora], ids=lambda k: k.__name__)
 def test_an_adapter_is_what_it_merges_into(kind):
     params = kind(model(3))
@@ -232,7 +264,28 @@ def test_dropout_of_adapters_depends_on_the_key():
     assert not np.array_equal(one, other) and not np.array_equal(one, plain)
 
 
+def test_dropout_keys_come_from_the_layer_and_the_module(monkeypatch):
+    """Six streams a block, which no other code may shift: a run that is resumed draws the same masks."""
+    keys = dropout_keys(bert, monkeypatch)
+    bert.backbone(model(), TOKENS, CONFIG, dropout_key=11)
+    assert keys == [fold_in(fold_in(11, layer), module) for layer in range(2) for module in range(6)]
+
+
+def test_defaults():
+    assert defaults(bert.Config) == {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+    assert defaults(bert.initialize) == {"std": 0.02}
+    passing = {"dropout_key": None, "recompute": False}
+    assert defaults(bert.embed) == passing
+    assert defaults(bert.backbone) == {"lengths": None, "token_types": None} | passing
+    assert len({CONFIG, dataclasses.replace(CONFIG), dataclasses.replace(CONFIG, vocab_size=3)}) == 2  # a value
+
+
 def test_initial_parameters():
+    """Gains one, biases zero, and numbers of the deviation asked for: within four standard errors, σ/√(2n) and σ/√n."""
+    drawn = [w for w in bert.initialize(CONFIG, np.random.default_rng(0), std=0.3).values() if w.ndim == 2]
+    numbers = np.concatenate([w.ravel() for w in drawn])
+    assert numbers.dtype == np.float32 and abs(numbers.mean()) <= 4 * 0.3 / numbers.size**0.5
+    assert abs(numbers.std() - 0.3) <= 4 * 0.3 / (2 * numbers.size) ** 0.5
     params = bert.initialize(CONFIG, np.random.default_rng(0))
     assert {n: w.shape for n, w in params.items()} == bert.shapes(CONFIG)
     assert all((w == n.endswith("LayerNorm.weight")).all() for n, w in params.items() if w.ndim == 1)
@@ -243,6 +296,7 @@ def test_what_does_not_fit_is_refused():
     params = model()
     with pytest.raises(ValueError, match=r"shape \(1, 19\), needed \(batch, tokens\) with 1 to 18 tokens"):
         bert.backbone(params, np.zeros((1, 19), int), CONFIG)
+    assert bert.backbone(params, np.zeros((1, 18), int), CONFIG)[0].shape == (1, 18, 12)
     with pytest.raises(ValueError, match=r"shape \(2, 0\)"):
         bert.backbone(params, np.zeros((2, 0), int), CONFIG)
     with pytest.raises(IndexError, match=r"token ids span 0\.\.31"):

@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 import wrong_gpt2
+from model_checks import defaults, dropout_keys, watch_blocks
 from test_llama import agree, allowed, params_of_float32, single, their_gradients
 
 from minift.conformance.ball import Ball
 from minift.models import gpt2, llama, module_of
 from minift.nn.attention import KVCache
+from minift.nn.dropout import fold_in
 from minift.nn.losses import IGNORE_INDEX, cross_entropy
 from minift.nn.weight import Frozen, freeze, trainable
 from minift.peft import lora, qlora
@@ -125,6 +127,8 @@ def test_names_and_shapes_are_transformers():
     for config in (CONFIG, UNTIED):
         state = dict(theirs(model(0, config), config).named_parameters())
         assert {n: turned(n, p.detach().numpy()).shape for n, p in state.items()} == gpt2.shapes(config)
+        bare = {f"{gpt2.PREFIX}{n}" for n, _ in theirs(model(0, config), config).transformer.named_parameters()}
+        assert bare == gpt2.shapes(config).keys() - {gpt2.HEAD}
     assert gpt2.head_name(CONFIG) == "transformer.wte.weight" and gpt2.head_name(UNTIED) == "lm_head.weight"
     assert module_of(CONFIG) is gpt2 and module_of(llama.Config(9, 4, 4, 1, 1, 1, 4)) is llama
 
@@ -350,6 +354,32 @@ def test_only_what_learns_has_a_gradient_and_blocks_below_keep_nothing(rng):
     assert isinstance(frozen[gpt2.EMBEDDING], Frozen) and not gpt2.forward(frozen, tokens, CONFIG)[1](dy)
 
 
+def test_what_a_pass_keeps_and_which_blocks_are_run_backward(monkeypatch, rng):
+    params, tokens = model(7), rng.integers(0, 29, (2, 5))
+    dhidden, words = rng.standard_normal((2, 5, 12)), params[gpt2.EMBEDDING][tokens]
+    top = {n: w for n, w in params.items() if n.startswith("transformer.h.1.")}
+    end = {n: w for n, w in params.items() if n.startswith("transformer.ln_f")}
+    cases = (params, tokens, [0, 1]), (top, tokens, [1]), (end, tokens, []), ({}, words, [0, 1])
+    for learned, inputs, layers in cases:
+        for options in ({}, {"recompute": True}):
+            with monkeypatch.context() as patch:
+                kept, run_backward = watch_blocks(gpt2, patch)
+                _, vjp = gpt2.backbone(freeze(params) | learned, inputs, CONFIG, **options)
+                assert kept() == ([] if options else layers)
+                vjp(dhidden)
+                assert run_backward == layers[::-1]
+    kept, _ = watch_blocks(gpt2, monkeypatch)
+    _, vjp = gpt2.backbone(params, tokens, CONFIG, cache=new_cache(2, 5))
+    assert kept() == []
+
+
+def test_dropout_keys_come_from_the_layer_and_the_module(monkeypatch, rng):
+    """Four streams a block, which no other code may shift: a run that is resumed draws the same masks."""
+    keys = dropout_keys(gpt2, monkeypatch)
+    gpt2.backbone(model(), rng.integers(0, 29, (1, 2)), CONFIG, dropout_key=11)
+    assert keys == [fold_in(fold_in(11, layer), module) for layer in range(2) for module in range(4)]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputing_changes_no_bit(dropout, rng):
     tokens, dy = rng.integers(0, 29, (2, 5)), rng.standard_normal((2, 5, 29))
@@ -378,6 +408,22 @@ def test_embeddings_in_place_of_tokens_and_their_cotangent(rng):
     table = np.zeros_like(params[gpt2.EMBEDDING])
     np.add.at(table, tokens, dwords)
     agree(gradients[gpt2.EMBEDDING], table, 16 * 2.0**-53 * np.abs(table).max(), "the table's gradient")
+    _, frozen_vjp = gpt2.backbone(freeze(params), words, CONFIG)
+    checks.same_bits(frozen_vjp(dhidden)[0], dwords, "through a model of which nothing learns")
+
+
+def test_defaults():
+    """GPT-2 small's sizes where transformers has them; greedy; everything kept, nothing dropped."""
+    assert defaults(gpt2.Config) == {
+        "max_position_embeddings": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    passing = {"lengths": None, "segments": None, "cache": None, "dropout_key": None, "recompute": False}
+    assert defaults(gpt2.backbone) == passing
+    for function in (gpt2.stream, gpt2.generate):
+        assert defaults(function) == {"max_new_tokens": 64, "temperature": 0.0, "rng": None}
+    assert len({CONFIG, dataclasses.replace(CONFIG), UNTIED}) == 2  # sizes are a value
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -388,19 +434,24 @@ def test_a_text_longer_than_the_table_of_positions():
     with pytest.raises(ValueError, match=r"41 tokens, and the model has learned 40 positions"):
         forward(params, tokens)
     assert gpt2.generate(params, tokens[:, :36], CONFIG, 5).shape == (1, 41)  # the last token is never read
-    with pytest.raises(ValueError, match="fewer new tokens"):
-        gpt2.generate(params, tokens[:, :36], CONFIG, 6)
+    with pytest.raises(ValueError, match=r"a text of 41 tokens.* fewer new tokens"):
+        gpt2.stream(params, tokens[:, :36], CONFIG, 6)  # and not only when it comes to the last of them
+    assert gpt2.generate(params, tokens[:, :40], CONFIG, 1).shape == (1, 41)
+    with pytest.raises(ValueError, match="a text of 41 tokens"):
+        gpt2.stream(params, tokens, CONFIG, 0)
     segments = np.repeat([0, 1], [20, 21])[None]
     assert forward(params, tokens, segments=segments)[0].shape == (1, 41, 29)  # positions start again
 
 
 def test_other_bad_input():
     params = model()
-    with pytest.raises(ValueError, match=r"shape \(2, 0\), needed \(batch, tokens\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 0\), needed \(batch, tokens\) with at least one token$"):
         forward(params, np.zeros((2, 0), np.int64))
+    with pytest.raises(ValueError, match=r"shape \(2, 0, 12\), needed \(batch, tokens, hidden_size\) with at least"):
+        forward(params, np.zeros((2, 0, 12)))
     with pytest.raises(IndexError, match=r"token ids span 29\.\.29"):
         forward(params, np.full((1, 1), 29))
     with pytest.raises(ValueError, match="hidden_size is 12, needed a multiple of num_attention_heads, which is 5"):
         dataclasses.replace(CONFIG, num_attention_heads=5)
-    with pytest.raises(ValueError, match="no pullback"):
+    with pytest.raises(ValueError, match=r"has no pullback: run it again without the cache$"):
         forward(params, np.zeros((1, 1), np.int64), cache=new_cache(1, 2))[1](np.zeros((1, 1, 29)))

@@ -13,9 +13,10 @@ import pytest
 import torch
 import wrong_soft_prompt
 
+import peft
 from minift.conformance.gradients import check_gradients
 from minift.data.batches import pack, pad
-from minift.models import llama
+from minift.models import bert, gpt2, llama
 from minift.nn.attention import KVCache
 from minift.nn.losses import IGNORE_INDEX
 from minift.nn.weight import Frozen, freeze, learns, replace, trainable
@@ -404,6 +405,58 @@ def test_a_text_is_repeated_or_cut(rng):
         assert not np.shares_memory(made, table)
 
 
+def test_names_and_shapes_are_pefts(rng):
+    """Of what learns: as in PEFT's two networks, behind the name that PEFT gives them in a model."""
+    sizes = {"num_virtual_tokens": P, "num_transformer_submodules": 1, "num_layers": 2, "num_attention_heads": 2}
+    mlp = {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 7, "token_dim": 12}
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5, "token_dim": 12}
+    prefix = {"prefix_projection": True, "encoder_hidden_size": 5, "token_dim": 8}
+    theirs = {
+        "p, MLP": peft.PromptEncoder(peft.PromptEncoderConfig(**sizes, **mlp)),
+        "p, LSTM": peft.PromptEncoder(peft.PromptEncoderConfig(**sizes, **lstm)),
+        "prefix, network": peft.PrefixEncoder(peft.PrefixTuningConfig(**sizes, **prefix)),
+    }
+    needed = {
+        "prompt": {"prompt_embeddings": (P, 12)},
+        "prefix": {"prefix_embeddings": (P, 2 * 2 * 8)},
+        **{k: {f"prompt_encoder.{n}": tuple(w.shape) for n, w in v.state_dict().items()} for k, v in theirs.items()},
+    }
+    base = model(rng)
+    for kind, attach in KINDS.items():
+        assert {n: a.shape for n, a in trainable(attach(base, P, rng)).items()} == needed[kind], kind
+
+
+def test_a_fresh_prefix_is_drawn_with_a_deviation_of_one_fiftieth(rng):
+    """Known to float32's last bit from the seed: two machines that share it start from the same prefix."""
+    table = prefix_tuning.attach(model(rng), P, rng=np.random.default_rng(5))[prefix_tuning.TABLE]
+    drawn = np.random.default_rng(5).standard_normal((P, 32)) / 50
+    assert np.abs(table - drawn).max() <= 2 * 2.0**-24 * np.abs(drawn).max()
+
+
+def test_the_smallest_model_and_the_narrowest_network_will_do(rng):
+    """One layer; one hidden number, or one token to copy a prompt from."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    base = {name: 0.5 * rng.standard_normal(shape) for name, shape in llama.shapes(config).items()}
+    text = rng.integers(0, 29, (1, 2))
+    for params in (
+        prefix_tuning.attach(base, P, rng=rng, encoder_hidden_size=1),
+        p_tuning.attach(base, P, rng=rng, encoder_hidden_size=1),
+        prompt_tuning.attach(base, P, tokens=np.array([4])),
+    ):
+        y, vjp = llama.forward(params, text, config)
+        assert vjp(rng.standard_normal(y.shape)).keys() == trainable(params).keys()
+        checks.same_bits(llama.forward(soft_prompt.fold(params), text, config)[0], y, "logits")
+
+
+@pytest.mark.parametrize("other", [gpt2, bert], ids=lambda module: module.__name__)
+def test_models_that_look_for_no_prompt_get_none(other, rng):
+    """They would run as if there were none."""
+    params = {n: rng.standard_normal(s) for n, s in other.shapes(other.Config(29, 12, 20, 1, 2, 8)).items()}
+    for attach in KINDS.values():
+        with pytest.raises(ValueError, match=r"no table of embeddings|no self_attn\.k_proj\.weight"):
+            attach(params, P, rng)
+
+
 def test_fresh_values(rng):
     """Random tokens as large as real ones; a prefix of 0.02; encoders as torch draws them. All repeatable."""
     base = {n: a.astype(np.float32) for n, a in model(rng).items()}
@@ -419,7 +472,7 @@ def test_fresh_values(rng):
             else:
                 d_in = array.shape[1] if array.ndim == 2 else first[name.replace("bias", "weight")].shape[1]
                 bound = 1 / np.sqrt(5 if "lstm" in name else d_in)
-                assert 0.6 * bound < np.abs(array).max() <= bound
+                assert 0.6 * bound < np.abs(array).max() <= bound and array.min() < 0 < array.max()
 
 
 def test_defaults(rng):
@@ -488,3 +541,5 @@ def test_refusals(rng):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(ValueError, match=r"^encoder is 'GRU', needed one of \('MLP', 'LSTM'\)$"):  # past the checker
+        p_tuning.fresh.__wrapped__(12, 2, rng=rng, encoder="GRU", encoder_hidden_size=None, encoder_num_layers=2)

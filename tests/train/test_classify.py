@@ -16,6 +16,7 @@ from minift.nn.losses import log_softmax
 from minift.nn.weight import trainable
 from minift.train import classify, naive_bayes
 from minift.train.loop import Settings, fit
+from models.model_checks import defaults
 from nn import checks
 
 BERT = bert.Config(23, 12, 16, 2, 3, 9, layer_norm_eps=1e-3)
@@ -87,6 +88,26 @@ def test_features_are_of_the_frozen_trunk(name):
     else:
         expected = llama.backbone(params, TOKENS, config)[0][np.arange(3), LENGTHS - 1]
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("classes", [1, 4])
+def test_fresh_heads(name, classes):
+    """Deviations of 1/50 and 1/√13 for d = 12, in the trunk's type, up to the roundings of two products: the seed
+    says the rest."""
+    config, params = trunk(name)
+    params = {n: w.astype(np.float32) for n, w in params.items()}
+    found = classifier.with_head(params, config, classes, np.random.default_rng(5))
+    drawn = np.random.default_rng(5).standard_normal((classes, 12)) / (50 if name == "bert" else math.sqrt(13))
+    weight = found[classifier.WEIGHT if name == "bert" else classifier.SCORE]
+    assert weight.dtype == np.float32 and np.abs(weight - drawn).max() <= 2 * 2.0**-24 * np.abs(drawn).max()
+    if name == "bert":
+        bias = found[classifier.BIAS]
+        assert bias.dtype == np.float32 and bias.shape == (classes,) and not bias.any()
+
+
+def test_without_asking_nothing_is_dropped_and_everything_kept():
+    assert defaults(classifier.logits) == {"dropout_key": None, "recompute": False}
 
 
 def test_there_is_no_class_without_a_row():
