@@ -107,7 +107,7 @@ print(f"⟨dy, J v⟩ = {np.vdot(dy, Jv):.6f}     ⟨vjp(dy), v⟩ = {np.vdot(dx
 
 # %% [markdown]
 # Why a *random* $dy$? Many tests take all ones, which asks for the gradient of the sum. For a softmax that sum is
-# always one and its gradient zero: such a test passes for a pullback that returns nothing.
+# always one and its gradient zero: such a test passes for a pullback that returns zeros.
 #
 # ## RMSNorm
 #

@@ -34,6 +34,8 @@ from minift.nn.losses import cross_entropy
 from minift.nn.weight import freeze, trainable
 from minift.notebook import SMALL, attempt, figures
 from minift.peft.lora import trainable_parameters
+from minift.step import show
+from minift.step.lessons import LESSONS
 from minift.studies import shift
 from minift.studies.two_texts import mixed
 from minift.train import classify, memory, sft
@@ -260,7 +262,7 @@ with attempt("2.1"):
 # ### Learning, with each of them
 #
 # The built-in model on questions and answers about Python's functions, as many steps each. The rates are those that
-# `minift finetune` would take.
+# `minift finetune` would take; the last block takes that of everything. How far does each of them get?
 
 # %%
 found = stdlib_docs.embedded()
@@ -309,8 +311,13 @@ plt.show()
 # $$
 #
 # The last term decays weights toward zero, by $\eta\lambda$ of themselves each step. Adam before it added
-# $\lambda\theta$ to the gradient (L2 regularization), as one does with plain gradient descent.
-#
+# $\lambda\theta$ to the gradient (L2 regularization), as one does with plain gradient descent. Here are four
+# parameters that all stand at 1, line by line. Which of them moves the least?
+
+# %% varies=true
+show(LESSONS["adamw"](), height=460)
+
+# %% [markdown]
 # ### Exercise 2.2: AdamW
 #
 # Here is Adam with L2. What becomes of the decay of a weight that has large gradients?

@@ -37,6 +37,8 @@ from minift.nn.attention import causal_mask
 from minift.nn.losses import IGNORE_INDEX, cross_entropy
 from minift.notebook import SMALL, attempt, figures
 from minift.optim import schedules
+from minift.step import show
+from minift.step.lessons import LESSONS
 from minift.studies.two_texts import mixed
 from minift.train import sft
 from minift.train.engine import NUMPY
@@ -60,7 +62,12 @@ drawn = {"examples": 30, "seconds": 4} if SMALL else {"examples": 100, "seconds"
 # In **continued pretraining** every token counts: the model goes on to read, now about something else. In **supervised
 # fine-tuning** the tokens of the question are read and not learned: their labels are −100, which counts for nothing.
 # $N$ is the number of labels that count.
-#
+# Three positions, line by line, the second of which does not count: what is its gradient?
+
+# %% varies=true
+show(LESSONS["cross_entropy"](), height=460)
+
+# %% [markdown]
 # ## A conversation as text
 #
 # Training data comes in many forms. Three of them say the same here: a prompt with its completion, messages, and the
@@ -234,8 +241,8 @@ with attempt("10.2"):
 # \qquad\text{and not}\qquad \frac1K \sum_k \frac{1}{N_k} \sum_{t \in B_k} \nabla \ell_t \tag{10.3}
 # $$
 #
-# Where all labels count and all rows are full, the two are the same, so that nobody noticed for years. In instruction
-# tuning an answer may have two tokens or two hundred. Two conversations, one a piece:
+# Where all labels count and all rows are full, the two are the same, so that it went unnoticed for years. In
+# instruction tuning an answer may have two tokens or two hundred. Two conversations, one a piece:
 
 # %% stated=true
 short, long = pad(encoded[5:6]), pad(encoded[3:4])
