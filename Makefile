@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: finetune test test-all lint notebooks course bench gpu bench-gpu fuzz mutation clean
+.PHONY: finetune test test-all lint notebooks course book bench gpu bench-gpu fuzz mutation clean
 
 finetune: .venv/minift  ## the built-in model learns to answer questions, in about a minute
 	$(BIN)/minift finetune
@@ -24,6 +24,9 @@ notebooks: .venv/minift-test  ## the notebooks from their texts, with outputs; O
 
 course: .venv/minift-notebook  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+book: .venv/minift-book  ## notebooks, lessons and API as a web site, to be read without a network: build/book/index.html
+	$(BIN)/python notebooks/book/build.py
 
 bench: .venv/minift-test  ## minift beside its peers on this machine; MODEL=file.gguf for training steps and generation
 	$(BIN)/python benchmarks/cpu.py $(if $(MODEL),--model $(MODEL))
@@ -53,5 +56,9 @@ mutation: .venv/minift-test  ## does each changed line of minift/quant and minif
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[notebook]'
 	touch $@
 
+.venv/minift-book: .venv/minift
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[book]'
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

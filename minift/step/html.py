@@ -27,8 +27,8 @@ QUOTES = '"""'
 PACKAGE = Path(__file__).parent.parent.parent
 
 
-def page(lesson: Lesson) -> str:
-    """The whole page."""
+def page(lesson: Lesson, above: str = "") -> str:
+    """The whole page; `above` is HTML that comes first, such as a way back to what it is a part of."""
     scenes = "\n".join(_scene(scene, index) for index, scene in enumerate(lesson.scenes))
     return f"""<!doctype html>
 <html lang="en">
@@ -42,7 +42,7 @@ def page(lesson: Lesson) -> str:
 </style>
 </head>
 <body>
-<header>
+{above}<header>
 <h1>{escape(lesson.title)}</h1>
 <p>{_prose(lesson.text)}</p>
 </header>

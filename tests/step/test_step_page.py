@@ -1,23 +1,17 @@
-"""The page in a real browser, Chromium: clicked through in a frame, as a notebook would show it, wide and narrow.
-
-The browser writes what it found into the document that `--dump-dom` prints, so nothing else is needed to drive it.
-"""
+"""The page in a real browser, Chromium: clicked through in a frame, as a notebook would show it, wide and narrow."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from html import escape, unescape
+from html import escape
 
 import pytest
 
+import browser
 from minift.step import html
 from minift.step.lessons import LESSONS
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian's package is chromium)")
+pytestmark = browser.needs_browser
 
 CLICK_THROUGH = """
 const found = { errors: [], shown: [], overflow: 0 };
@@ -65,13 +59,7 @@ def browse(tmp_path, page, width):
     outer = tmp_path / "outer.html"
     frame = f'<iframe srcdoc="{escape(page)}" style="width:{width}px;height:900px;border:0"></iframe>'
     outer.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}<script>{CLICK_THROUGH}</script></body>")
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom", outer.as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r'<pre id="result">(.*?)</pre>', dumped, re.DOTALL)
-    assert found, dumped[-500:]
-    return json.loads(unescape(found[1]))
+    return browser.found(tmp_path, outer.as_uri())
 
 
 @pytest.mark.parametrize("width", [1300, 390])
@@ -107,8 +95,5 @@ def test_without_scripts_everything_is_there_to_read(tmp_path):
       `nav ${document.querySelector("nav").getClientRects().length}`;
     """
     outer.write_text(without.replace("</body>", f"<script>{probe}</script></body>"))
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dumped = subprocess.run([*command, "--dump-dom", outer.as_uri()], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(\d+) of (\d+), nav 0</title>", dumped.stdout)
+    title = re.search(r"<title>(\d+) of (\d+), nav 0</title>", browser.dumped(tmp_path, outer.as_uri()))
     assert title is not None and int(title[1]) == int(title[2]) > 40
