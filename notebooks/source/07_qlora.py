@@ -56,8 +56,10 @@ tokenizer = load_tokenizer("tiny")
 # and backwards, with $\dot y$ for the cotangent of $y$:
 #
 # $$
-# \dot x = \dot y\, \hat W + s\,(\dot y B) A \qquad \dot A = s\,(\dot y B)^\top x \qquad \dot B = s\,\dot y^\top (x
-# A^\top) \qquad \dot W = \text{none} \tag{7.2}
+# \begin{aligned}
+# \dot x &= \dot y\, \hat W + s\,(\dot y B) A & \dot A &= s\,(\dot y B)^\top x \\
+# \dot W &\ \text{is not formed} & \dot B &= s\,\dot y^\top (x A^\top)
+# \end{aligned} \tag{7.2}
 # $$
 #
 # The gradient goes *through* the quantized weights, to reach the layers below. It does not go *into* them: rounding has
@@ -208,7 +210,7 @@ plt.show()
 # %% [markdown]
 # Two thirds of the 168 MB of weights are not in 4 bits at all: a vocabulary of 49,152 tokens is a large part of a small
 # model, and QLoRA leaves embeddings alone. For 65 billion parameters they are nothing, and the whole falls from 783 GB
-# to 47, before activations. "From 780 GB to less than 48" is the paper's abstract; what it depends on, `minift claims`
+# to 47, before activations. That is the paper's "from 780 GB to less than 48"; what it depends on, `minift claims`
 # says.
 #
 # ## A run, here and now
@@ -297,13 +299,13 @@ for name, (error, value) in measured.items():
 
 # %% [markdown]
 # The exact way gives the trained model, in 32 bits (or 16) a weight. The other two are off by more than half of what
-# was learned, and the loss looks much the same all the same: it is measured on a few examples, and asks little of most
-# weights. That is why the error (7.4) is worth printing. `minift merge --adapter FOLDER` prints it, layer by layer.
+# was learned, and yet the loss on a few examples hardly tells. That is why the error (7.4) is worth printing: `minift
+# merge --adapter FOLDER` prints it for each of the three.
 #
 # ### Exercise 7.3: merge what was trained
 #
-# `merged` is the library's, with $s = 2$ and blocks of 64. The attempt is the way most scripts do it: load the original
-# model, add $s B A$.
+# `merged` is the library's, with $s = 2$ and blocks of 64. The attempt does the obvious: it takes the original
+# weights and adds $s B A$.
 
 
 # %%

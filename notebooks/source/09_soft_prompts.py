@@ -10,7 +10,7 @@
 #
 # - say of each where its numbers enter the model, what learns, and what is kept after training;
 # - count what learns, for any model, without an afterthought for grouped key/value heads;
-# - test an implementation with four exact equalities, which need no tolerance and no other library;
+# - test an implementation with four equalities, which need no other library, and three of them no tolerance;
 # - find the usual mistakes: positions, mask, lengths, the sum over the batch, the order of an LSTM's gates.
 
 # %%
@@ -137,8 +137,8 @@ for method in ("prompt", "p-tuning", "prefix"):
 #
 # ### Exercise 9.1: count a prefix
 #
-# `counted` attaches a prefix to an empty model of the given sizes and adds up what learns. Write the formula. The first
-# attempt takes what stands in many a blog: one vector of the model's width for each virtual token and layer.
+# `counted` attaches a prefix to an empty model of the given sizes and adds up what learns. Write the formula. The
+# attempt takes one vector of the model's width for each virtual token and layer, and forgets two things.
 
 
 # %%
@@ -176,10 +176,10 @@ for p in (10, 200):
     print(f"GPT-2 medium, prefix of {p:3d}: {prefix_tuning.trainable_parameters(p, 24, 1024) / 354.92e6:.2%}")
 
 # %% [markdown]
-# ## Four equalities that need no tolerance
+# ## Four equalities that need no other library
 #
-# A soft prompt is easy to get nearly right: numbers that learn make up for positions off by $p$, and the loss falls all
-# the same. But there are cases in which the answer is known, because the model itself gives it.
+# A soft prompt is easy to get nearly right: with positions off by $p$ there is still something to learn, and no
+# error is raised. But there are cases in which the answer is known, because the model itself gives it.
 #
 # **1. A prompt copied from the embeddings of typed tokens is the typed tokens.** To the bit: the same numbers go the
 # same way.
@@ -339,7 +339,8 @@ show(LESSONS["prefix"](), height=420)
 # $$
 #
 # In (9.6) a dot marks a cotangent and the gates are meant after their $\sigma$. The memory is *added to*, not
-# overwritten: that is why its gradient survives many steps.
+# overwritten: that is why its gradient survives many steps. (`p_tuning` has this network and a plain MLP, PEFT's
+# default, which the training below takes, too.)
 #
 # ### Exercise 9.4: an LSTM with its gradient
 #
@@ -466,9 +467,10 @@ words = prompt_tuning.embeddings(base)
 print(f"standard deviation of the built-in model's embeddings: {words.std():.2f}")
 
 # %% [markdown]
-# - **The learning rate.** The one that suits LoRA is too small for a prompt or a prefix. Try it: change `rate` above.
+# - **The learning rate.** minift takes ten times LoRA's for a prompt or a prefix. Try LoRA's own: change `rate` above.
 # - **What fails in silence**: positions that begin at 0 behind a prefix, lengths that do not count the prompt, labels
-#   for virtual tokens. None of them raises an error. The four equalities show them.
+#   for virtual tokens. None of them raises an error. Ask the equalities of the loss and of generation as well, and each
+#   of them shows.
 # - **The context is shorter** by $p$, for good; and the cost in inference is $p$ more rows in every layer for a prompt
 #   (the first time; then they lie in the cache), and $p$ more keys in every attention for all three.
 # - **Saving.** What has to be kept is a table. If a checkpoint holds an encoder, it has not been folded.
