@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -22,7 +23,8 @@ def sources(notebooks: Path, within: str) -> dict[str, str]:
     found |= {f"{name}.rst": text for name, text in api.pages(read(within)).items()}
     found |= {name if name.endswith(".rst") else f"extra/{name}": text for name, text in steps.pages().items()}
     for path in sorted(notebooks.glob("[0-9]*.ipynb")):
-        found[f"notebooks/{path.name}"] = with_links(path.read_text(), {f"../{name}" for name in found})
+        text = with_folded_plots(path.read_text())
+        found[f"notebooks/{path.name}"] = with_links(text, {f"../{name}" for name in found})
     return found
 
 
@@ -36,6 +38,15 @@ def with_links(notebook: str, pages: set[str]) -> str:
         return f"[{words}]({there[0]})" if there else words
 
     return re.sub(r"\[([^]\n]*)\]\((\.\./[\w./]+)\)", link, notebook)
+
+
+def with_folded_plots(notebook: str) -> str:
+    """The code of a cell that draws is folded: a reader wants the picture, and the code at a click."""
+    found = json.loads(notebook)
+    for cell in found["cells"]:
+        if cell["cell_type"] == "code" and "plt.show()" in "".join(cell["source"]):
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]
+    return json.dumps(found)
 
 
 def lay_out(folder: Path, files: dict[str, str]) -> None:

@@ -16,14 +16,14 @@ from minift.step.lessons import LESSONS
 
 
 class Notebooks(SphinxDirective):
-    """Every notebook: its title, and the first sentence below it."""
+    """Every notebook: its title, and what it says it is about."""
 
     def run(self) -> list[nodes.Node]:
         entries = []
         for name in notebooks(self.env.found_docs):
             title, text = first_words(Path(self.env.doc2path(name)))
             link = _link(self.env.docname, name, title)
-            definition = nodes.definition("", nodes.paragraph("", text))
+            definition = nodes.definition("", nodes.paragraph("", "", *_with_equations(text)))
             entries.append(nodes.definition_list_item("", nodes.term("", "", link), definition))
         return [nodes.definition_list("", *entries, classes=["names", "notebooks"])] if entries else []
 
@@ -67,13 +67,19 @@ def notebooks(names: set[str]) -> Iterator[str]:
 
 
 def first_words(path: Path) -> tuple[str, str]:
-    """The title of a notebook, and the first sentence of what follows it."""
+    """The title of a notebook, and the paragraph that introduces it, up to what one can do afterwards."""
     cells = json.loads(path.read_text())["cells"]
     text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     title, _, rest = text.partition("\n")
     paragraph = next((part for part in rest.split("\n\n") if part.strip() and part.lstrip()[0].isalpha()), "")
-    sentence = re.split(r"(?<=[.?])\s", " ".join(paragraph.split()), maxsplit=1)[0]
-    return title.lstrip("# "), re.sub(r"[*`$]|\]\([^)]*\)|\[", "", sentence)
+    paragraph = " ".join(paragraph.partition("Afterwards you can")[0].split())
+    return title.lstrip("# "), re.sub(r"[*`]|\]\([^)]*\)|\[", "", paragraph)
+
+
+def _with_equations(text: str) -> Iterator[nodes.Node]:
+    """What stands between dollars is TeX."""
+    for number, part in enumerate(text.split("$")):
+        yield nodes.math("", part) if number % 2 else nodes.Text(part)
 
 
 def _link(here: str, name: str, text: str) -> nodes.Node:
