@@ -71,18 +71,18 @@ class _Page:
 
     def contents(self) -> Iterator[str]:
         """What is in a package."""
-        depth = self.module.name.count(".") + 1
-        inside = [
-            module
-            for module in self.names.modules.values()
-            if module.name.startswith(f"{self.module.name}.") and module.name.count(".") == depth
-        ]
+        inside = self.names.inside(self.module)
         if not inside:
             return
-        entries = "\n\n".join(f":py:mod:`~{m.name}`\n{indent(self.doc(m.summary or '…'), '   ')}" for m in inside)
+        entries = "\n\n".join(f":py:mod:`~{module.name}`\n{indent(self.about(module), '   ')}" for module in inside)
         yield f".. rst-class:: names\n\n{entries}"
-        links = "\n".join(f"   {m.name.rpartition('.')[2]} </{m.page}>" for m in inside)
+        links = "\n".join(f"   {module.short} </{module.page}>" for module in inside)
         yield f".. toctree::\n   :hidden:\n\n{links}"
+
+    def about(self, module: Module) -> str:
+        """In a sentence; of a package that says nothing of itself, what is in it."""
+        names = ", ".join(f"`{inner.name.partition('.')[2]}`" for inner in self.names.inside(module))
+        return self.doc(module.summary or names or "…")
 
     def definition(self, node: Definition) -> str:
         parts = [self.doc(docstring(node))]

@@ -46,6 +46,10 @@ class Module:
         return path.with_name("index").as_posix() if path.name == "__init__" else path.as_posix()
 
     @property
+    def short(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_package(self) -> bool:
         return self.path.name == "__init__.py"
 
@@ -115,6 +119,10 @@ class Names:
         for name in self.all:
             for end in _ends(name):
                 self.by_end.setdefault(end, []).append(name)
+
+    def inside(self, package: Module) -> list[Module]:
+        """The modules and packages of a package."""
+        return [module for module in self.modules.values() if module.name.rpartition(".")[0] == package.name]
 
     def origin(self, name: str) -> str:
         """Where a name of a module is defined: `minift.peft.adapter.Adapter` for `minift.peft.lora.Adapter`; "" if not
