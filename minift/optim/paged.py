@@ -51,7 +51,8 @@ class PagedAdamW:
     """`AdamW` or `AdamW8bit` with its moments in the pages of a `Pager`; the same bits, and the same use.
 
     `optimizer` keeps settings and step; moments that it has already, of a run that goes on, are moved into pages.
-    ValueError where `page_elements` is no multiple of the block size, or a page is larger than the budget."""
+    ValueError where `page_elements` is no multiple of the block size, a page is larger than the budget, or moments in
+    8 bits are over other maps than `zero_moments` has."""
 
     optimizer: AdamW | AdamW8bit
     pager: Pager
@@ -128,6 +129,9 @@ class PagedAdamW:
         self._paged[name] = _Paged(theta.shape, None if eight else theta.dtype, pages)
 
     def _add(self, name: str, shape: tuple[int, ...], m: Moment, v: Moment) -> None:
+        for moment, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
+            if isinstance(moment, BlockwiseTensor) and not np.array_equal(moment.code, code):
+                raise ValueError(f"the moments of {name}: needed the maps of `zero_moments`, with which pages are read")
         pages = [
             (elements, self.pager.add(_bytes_of(self._cut(m, elements), self._cut(v, elements))))
             for elements in self._pieces(math.prod(shape))

@@ -14,7 +14,7 @@ from minift.optim import adamw8bit as reference_8bit
 from minift.optim.paged import PagedAdamW as ReferencePaged
 from minift.optim.pager import Pager as ReferencePager
 from minift_kernels.optim.adamw import AdamW
-from minift_kernels.optim.adamw8bit import AdamW8bit
+from minift_kernels.optim.adamw8bit import AdamW8bit, zero_moments
 from minift_kernels.optim.paged import PagedAdamW
 from minift_kernels.optim.pager import Pager
 from minift_kernels.quant.blockwise import BlockwiseTensor
@@ -259,6 +259,23 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
         PagedAdamW(AdamW8bit(), Pager(2000), 300)
     with pytest.raises(ValueError, match=r"a page of 2,080 bytes does not fit a budget of 2,000: raise the budget"):
         PagedAdamW(AdamW8bit(), Pager(2000), 1024).update({"w": torch.zeros(5000)}, {"w": torch.zeros(5000)}, 0.1)
+    narrow, two = PagedAdamW(AdamW8bit(), Pager(2000), 1024), {"fits": torch.zeros(9), "w": torch.zeros(5000)}
+    with pytest.raises(ValueError, match="raise the budget"):
+        narrow.update(two, {n: torch.ones_like(t) for n, t in two.items()}, 0.1)
+    assert narrow.step == 0 and not two["fits"].any()
+    shorter = PagedAdamW(AdamW(step=1, m={"w": torch.zeros(3)}, v={"w": torch.zeros(3)}), Pager(2000))
+    with pytest.raises(ValueError, match=r"the moments of w have shape \(3,\), needed \(2, 3\)"):
+        shorter.update(two := {"w": torch.zeros(2, 3)}, {"w": torch.ones(2, 3)}, 0.1)
+    assert shorter.step == 1 and not two["w"].any()
+    long = PagedAdamW(AdamW8bit(block_size=8192), Pager(1 << 20))
+    with pytest.raises(ValueError, match="block_size: 8,192, a kernel holds blocks of up to 4,096"):
+        long.update(arrays, gradients, 0.1, backend="interpreter")
+    assert long.step == 0
+    m, v = zero_moments(torch.zeros(300), 64, 0)
+    with pytest.raises(ValueError, match="the moments of w: needed the maps of `zero_moments`"):
+        PagedAdamW(AdamW8bit(m={"w": v}, v={"w": v}, block_size=64), Pager(1 << 20), 256)
+    with pytest.raises(ValueError, match="the moments of w: needed the maps of `zero_moments`"):
+        PagedAdamW(AdamW8bit(m={"w": m}, v={"w": m}, block_size=64), Pager(1 << 20), 256)
     paged = PagedAdamW(MAKERS[1](), Pager(1 << 20), 256)
     with pytest.raises(KeyError, match="arrays and gradients differ"):
         paged.update(arrays, gradients | {"more": torch.ones(1)}, 0.1)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 
 from minift.optim.adamw import AdamW
-from minift.optim.adamw8bit import AdamW8bit
+from minift.optim.adamw8bit import AdamW8bit, zero_moments
 from minift.optim.paged import LARGEST_PAGE, PagedAdamW
 from minift.optim.pager import Pager
 from minift.quant.blockwise import BlockwiseTensor
@@ -349,6 +349,10 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match=r"the moments of w have shape \(3,\), needed \(2, 3\), as the parameter"):
         shorter.update(two := {"w": np.zeros((2, 3))}, {"w": np.ones((2, 3))}, 0.1)
     assert shorter.step == 1 and not two["w"].any()
+    m, v = zero_moments(np.zeros(300, np.float32), 64, 0)
+    for moments in ({"m": {"w": v}, "v": {"w": v}}, {"m": {"w": m}, "v": {"w": m}}):
+        with pytest.raises(ValueError, match="the moments of w: needed the maps of `zero_moments`, with which pages"):
+            PagedAdamW(AdamW8bit(block_size=64, **moments), Pager(1 << 20), 256)
     with pytest.raises(ValueError, match="page_elements is 300, needed a multiple of 256"):
         PagedAdamW(AdamW8bit(), Pager(2000), 300)
     with pytest.raises(ValueError, match="page_elements is 0, needed a multiple of 1"):

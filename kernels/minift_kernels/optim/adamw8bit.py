@@ -10,7 +10,7 @@ once a step, whatever the number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -85,7 +85,7 @@ def adamw8bit_2(
     """The same in place: θ, and the codes and scales of m and v, contiguous tensors, are overwritten.
 
     ValueError as `adamw8bit_1`, for what does not fit θ or lies in another memory order, for moments over other maps
-    than `zero_moments` has, and for blocks longer than 4,096 in a kernel. Nothing has moved then."""
+    than `zero_moments` has, and in a kernel for blocks longer than 4,096, or of two sizes. Nothing has moved then."""
     how = _checked("theta", theta, gradient, (m, v), backend)
     check_gradient(gradient)
     overwrite(theta, gradient, m, v, (step, learning_rate, beta1, beta2, eps, weight_decay), how)
@@ -249,10 +249,18 @@ def _checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str |
         own = on_device(code, theta.device)
         if q.code is not own and not torch.equal(q.code, own):
             raise ValueError(f"the moments of {name}: another map than `zero_moments` has, which the step closes with")
-    if how != "torch" and quantized[0].block_size > (longest := backends.load(KERNELS, how).LONGEST_BLOCK):
-        size = quantized[0].block_size
-        raise ValueError(f"block_size: {size:,}, a kernel holds blocks of up to {longest:,}: use backend='torch'")
+    if how != "torch":
+        check_block_sizes([q.block_size for q in quantized], how)
     return how
+
+
+def check_block_sizes(sizes: Sequence[int], how: str) -> None:
+    """ValueError unless a kernel can hold blocks of m and v: of one size, and not too long."""
+    if len(set(sizes)) > 1:
+        m, v = sizes
+        raise ValueError(f"block_size: {m:,} of m and {v:,} of v, a kernel takes one for both: use backend='torch'")
+    if sizes[0] > (longest := backends.load(KERNELS, how).LONGEST_BLOCK):
+        raise ValueError(f"block_size: {sizes[0]:,}, a kernel holds blocks of up to {longest:,}: use backend='torch'")
 
 
 # In Triton: a table of addresses for all.

@@ -23,6 +23,7 @@ from minift_kernels.optim.adamw import AdamW, check_names, checked
 from minift_kernels.optim.adamw8bit import (
     AdamW8bit,
     Moment,
+    check_block_sizes,
     check_gradients,
     overwrite,
     piece,
@@ -50,7 +51,8 @@ class PagedAdamW:
     """`AdamW` or `AdamW8bit` with its moments in the pages of a `Pager`; the same bits, and the same use.
 
     `optimizer` keeps settings and step; moments that it has already, of a run that goes on, are moved into pages.
-    ValueError where `page_elements` is no multiple of the block size, or a page is larger than the budget."""
+    ValueError where `page_elements` is no multiple of the block size, a page is larger than the budget, or moments in
+    8 bits are over other maps than `zero_moments` has."""
 
     optimizer: AdamW | AdamW8bit
     pager: Pager
@@ -66,15 +68,22 @@ class PagedAdamW:
 
     @torch.no_grad()
     def update(self, arrays: Tensors, gradients: Tensors, learning_rate: float, *, backend: str | None = None) -> None:
-        """One step on every tensor, in place, a page at a time. KeyError and ValueError as the optimizer's."""
+        """One step on every tensor, in place, a page at a time. KeyError and ValueError as the optimizer's, ValueError
+        for moments of another shape and for a page that is larger than the budget. Nothing has moved then."""
         check_names(arrays, gradients)
         if isinstance(self.optimizer, AdamW8bit):
             check_gradients(gradients)
         how = {name: checked(name, theta, gradients[name], (), backend) for name, theta in arrays.items()}
-        self.optimizer.step += 1
+        if isinstance(self.optimizer, AdamW8bit):
+            for kernel in set(how.values()) - {"torch"}:
+                check_block_sizes([self._block_size], kernel)
         for name, theta in arrays.items():
             if name not in self._paged:
                 self._add_zeros(name, theta)
+            elif tuple(theta.shape) != (found := self._paged[name].shape):
+                raise ValueError(f"the moments of {name} have shape {found}, needed {tuple(theta.shape)}, as it has")
+        self.optimizer.step += 1
+        for name, theta in arrays.items():
             self._step(theta, gradients[name], self._paged[name], learning_rate, how[name])
 
     @property
@@ -126,6 +135,10 @@ class PagedAdamW:
         self._paged[name] = _Paged(tuple(theta.shape), dtype, pages)
 
     def _add(self, name: str, shape: tuple[int, ...], m: Moment, v: Moment) -> None:
+        for moment, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
+            ours = isinstance(moment, BlockwiseTensor) and torch.equal(moment.code, on_device(code, moment.code.device))
+            if isinstance(moment, BlockwiseTensor) and not ours:
+                raise ValueError(f"the moments of {name}: needed the maps of `zero_moments`, with which pages are read")
         pages = [
             (elements, self.pager.add(_bytes_of(self._cut(m, elements), self._cut(v, elements))))
             for elements in self._pieces(math.prod(shape))
