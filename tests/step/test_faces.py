@@ -168,7 +168,8 @@ def test_the_page_holds_every_step_and_needs_nothing_else(name):
     assert [tag for tag, _ in page.found].count("details") == len(questions)
     links = [a.get(key) for _, a in page.found for key in ("src", "href", "data", "action") if a.get(key)]
     assert not links and "@import" not in text and "url(" not in text and "http" not in text
-    assert sum(tag == "script" for tag, _ in page.found) == 1 and "color-scheme: light dark" in text and "light-dark(" in text
+    assert sum(tag == "script" for tag, _ in page.found) == 1
+    assert "color-scheme: light dark" in text and "light-dark(" in text
     listed = {(a["data-source"], tag) for tag, a in page.found if tag == "figure"}
     assert {(a["data-source"], "figure") for _, a in page.of_class("stop")} == listed
 
