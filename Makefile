@@ -40,7 +40,7 @@ bench-gpu:  ## there too: every kernel beside its peers and the machine's limits
 fuzz: .venv/minift-test  ## every reader on damaged files: what became of them, as a table
 	MINIFT_FUZZ=$${MINIFT_FUZZ:-10} OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/io/test_fuzz.py
 
-mutation: .venv/minift-test  ## does each changed line of minift/quant and minift/peft fail a test? about twenty minutes
+mutation: .venv/minift-test  ## does each changed line of minift/quant and minift/peft fail a test? takes a while
 	$(BIN)/python -m tests.mutation minift/quant tests/quant minift/peft tests/peft --jobs 2
 
 .venv/minift: pyproject.toml constraints.txt
