@@ -74,8 +74,9 @@ def adamw8bit_2(theta, gradient, m, v, step, learning_rate, beta1=0.9, beta2=0.9
     """The same in place, with the same bits: θ, and the codes and scales of m and v, are overwritten.
 
     Only a piece of some hundred blocks is open at a time, so nothing of θ's size is allocated. ValueError as
-    `adamw8bit_1`, and for a θ in another memory order, before anything is written."""
+    `adamw8bit_1`, for a θ in another memory order, and as `check_moments`, before anything is written."""
     check_gradient(gradient)
+    check_moments(m, v)
     if not theta.flags.c_contiguous:
         raise ValueError("AdamW writes into theta: needed a contiguous array, see np.ascontiguousarray")
     settings = step, learning_rate, beta1, beta2, eps, weight_decay
@@ -104,6 +105,15 @@ def quantize_second(v: Float[np.ndarray, "*shape"], block_size: int = BLOCK_SIZE
     q = blockwise.quantize(v, DYNAMIC_UNSIGNED, block_size)
     np.maximum(q.codes, v.reshape(-1) > 0, out=q.codes)  # (1)
     return q
+
+
+def check_moments(m: BlockwiseTensor, v: BlockwiseTensor, name: str = "the parameter") -> None:
+    """ValueError unless both are over the maps of `zero_moments`, and in blocks of one size: so a step closes them."""
+    for q, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
+        if q.code is not code and not np.array_equal(q.code, code):
+            raise ValueError(f"the moments of {name}: another map than `zero_moments` has, which the step closes with")
+    if m.block_size != v.block_size:
+        raise ValueError(f"the moments of {name}: blocks of {m.block_size:,} and {v.block_size:,}, needed one size")
 
 
 def check_gradient(gradient: Float[np.ndarray, "*shape"], name: str = "the parameter") -> None:

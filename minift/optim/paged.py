@@ -25,6 +25,7 @@ from minift.optim.adamw8bit import (
     AdamW8bit,
     Moment,
     check_gradient,
+    check_moments,
     piece,
     step_in_place,
     zero_moments,
@@ -52,7 +53,7 @@ class PagedAdamW:
 
     `optimizer` keeps settings and step; moments that it has already, of a run that goes on, are moved into pages.
     ValueError where `page_elements` is no multiple of the block size, a page is larger than the budget, or moments in
-    8 bits are over other maps than `zero_moments` has."""
+    8 bits are over other maps than `zero_moments` has, or in other blocks than the optimizer's."""
 
     optimizer: AdamW | AdamW8bit
     pager: Pager
@@ -129,9 +130,11 @@ class PagedAdamW:
         self._paged[name] = _Paged(theta.shape, None if eight else theta.dtype, pages)
 
     def _add(self, name: str, shape: tuple[int, ...], m: Moment, v: Moment) -> None:
-        for moment, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
-            if isinstance(moment, BlockwiseTensor) and not np.array_equal(moment.code, code):
-                raise ValueError(f"the moments of {name}: needed the maps of `zero_moments`, with which pages are read")
+        if isinstance(m, BlockwiseTensor) and isinstance(v, BlockwiseTensor):
+            check_moments(m, v, name)
+            if m.block_size != self._block_size:
+                found = f"{m.block_size:,}, needed {self._block_size:,}, as the optimizer has"
+                raise ValueError(f"the moments of {name}: blocks of {found}")
         pages = [
             (elements, self.pager.add(_bytes_of(self._cut(m, elements), self._cut(v, elements))))
             for elements in self._pieces(math.prod(shape))

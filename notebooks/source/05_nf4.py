@@ -141,7 +141,7 @@ print(
 #
 # ### Exercise 5.2: break it, and mend it
 #
-# This quantizer looks right, and gives the right bytes for the block above. It has five mistakes, most of which have
+# This quantizer looks right, and gives the right bytes for the block above. It has five mistakes, some of which have
 # been made in published code. `check` holds it against everything that is known of `nf4.quantize`, and prints the
 # *smallest* inputs that fail. Mend what one of them shows, run it again, and go on until nothing is left.
 
@@ -171,7 +171,7 @@ with attempt("5.2"):
 # 2. Whatever fills the last byte decodes to a number: let it be the code of 0.
 # 3. Between two levels there is a number that is equally far from both, and the rule (5.3) says which one it gets.
 # 4. A quotient and a product with $1/a$ are rounded differently, and may end on different sides of a midpoint:
-#    bitsandbytes multiplies, in float32, and all files in the world were made so. Where $a$ is tiny, $1/a$ is
+#    bitsandbytes multiplies, in float32, and files in its format were made so. Where $a$ is tiny, $1/a$ is
 #    infinite: it takes $1/\max(a, 10^{-38})$.
 # 5. NaN has no nearest value. Say so, instead of choosing one: `raise ValueError(...)`.
 #

@@ -263,7 +263,7 @@ for reward, answer in sorted(zip(reward_model.score(result.params, batch, config
 
 # %% [markdown]
 # It likes nonsense, as long as it is short: among real docstrings there was never a reason not to. A policy that is
-# optimized against this reward will find that out within minutes. That is *over-optimization*, and notebook 12 measures
+# optimized against this reward may well find that out. That is *over-optimization*, and notebook 12 measures
 # it.
 #
 # ### The zero drifts

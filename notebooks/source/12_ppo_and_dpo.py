@@ -353,7 +353,7 @@ for record in weak:
 # - The reward must rise. That it rises says nothing about the answers: *read them*.
 # - KL, in nats an answer. Above some point gold falls; nobody but gold, or a person, can tell where it is.
 # - The first ratio of every round is 1, to the bit, if all answers are in one minibatch. If not, something is computed
-#   differently while sampling and while training (dropout, temperature, padding): the most frequent mistake there is.
+#   differently while sampling and while training (dropout, temperature, padding).
 # - The share of distinct answers. When it falls, the policy has found its sentence.
 #
 # ## Sources

@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
         ((x, x, fresh[::-1]), "the moments of p: another map than `zero_moments` has"),
         ((x.double(), x.double(), None), "p: float64, but kernels compute in float32: use backend='torch'"),
         ((x, x, long), "block_size: 5,000, a kernel holds blocks of up to 4,096: use backend='torch'"),
-        ((x, x, (fresh[0], long[1])), "block_size: 16 of m and 5,000 of v, a kernel takes one for both"),
+        ((x, x, (fresh[0], long[1])), "the moments of p: blocks of 16 and 5,000, needed one size"),
         ((x, x * torch.inf, None), r"the gradient of p is inf at index \(0, 0\), needed at most 1e\+19"),
         ((x, torch.full((3, 4), 2e19), None), "the gradient of p is 1.9+6.*needed at most 1e"),
         ((x, -torch.full((3, 4), torch.nan, dtype=torch.float16), None), "the gradient of p is nan"),

@@ -555,3 +555,17 @@ def test_pieces_are_views():
     part.codes[:], part.absmax[:] = 3, 7
     assert (m.codes[64:192] == 3).all() and (m.absmax[1:3] == 7).all()
     assert (m.absmax[[0, 3]] != 7).all()
+
+
+def test_a_step_in_place_refuses_moments_that_it_would_close_as_others():
+    theta, gradient = np.ones(300, np.float32), np.full(300, 0.5, np.float32)
+    m, v = adamw8bit.zero_moments(theta, 64, 0)
+    wide = adamw8bit.zero_moments(theta, 256, 0)[1]
+    for first, second, message in (
+        (v, v, "another map than `zero_moments` has"),
+        (m, m, "another map than `zero_moments` has"),
+        (m, wide, "blocks of 64 and 256, needed one size"),
+    ):
+        with pytest.raises(ValueError, match=f"the moments of the parameter: {message}"):
+            adamw8bit.adamw8bit_2(theta, gradient, first, second, 1, 0.1)
+    assert (theta == 1).all() and not m.absmax.any()

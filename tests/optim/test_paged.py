@@ -351,8 +351,10 @@ def test_what_does_not_fit_is_refused_before_anything_moves():
     assert shorter.step == 1 and not two["w"].any()
     m, v = zero_moments(np.zeros(300, np.float32), 64, 0)
     for moments in ({"m": {"w": v}, "v": {"w": v}}, {"m": {"w": m}, "v": {"w": m}}):
-        with pytest.raises(ValueError, match="the moments of w: needed the maps of `zero_moments`, with which pages"):
+        with pytest.raises(ValueError, match="the moments of w: another map than `zero_moments` has"):
             PagedAdamW(AdamW8bit(block_size=64, **moments), Pager(1 << 20), 256)
+    with pytest.raises(ValueError, match="the moments of w: blocks of 64, needed 256, as the optimizer has"):
+        PagedAdamW(AdamW8bit(block_size=256, m={"w": m}, v={"w": v}), Pager(1 << 20), 256)
     with pytest.raises(ValueError, match="page_elements is 300, needed a multiple of 256"):
         PagedAdamW(AdamW8bit(), Pager(2000), 300)
     with pytest.raises(ValueError, match="page_elements is 0, needed a multiple of 1"):

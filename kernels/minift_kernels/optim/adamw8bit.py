@@ -10,7 +10,7 @@ once a step, whatever the number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -85,7 +85,8 @@ def adamw8bit_2(
     """The same in place: θ, and the codes and scales of m and v, contiguous tensors, are overwritten.
 
     ValueError as `adamw8bit_1`, for what does not fit θ or lies in another memory order, for moments over other maps
-    than `zero_moments` has, and in a kernel for blocks longer than 4,096, or of two sizes. Nothing has moved then."""
+    than `zero_moments` has or in blocks of two sizes, and in a kernel for blocks longer than 4,096. Nothing has moved
+    then."""
     how = _checked("theta", theta, gradient, (m, v), backend)
     check_gradient(gradient)
     overwrite(theta, gradient, m, v, (step, learning_rate, beta1, beta2, eps, weight_decay), how)
@@ -240,27 +241,33 @@ def _checked(name: str, theta: Tensor, gradient: Tensor, moments, backend: str |
     if not quantized:
         return checked(name, theta, gradient, moments, backend)
     how = checked(name, theta, gradient, (), backend)
-    for q, code in zip(quantized, (DYNAMIC, DYNAMIC_UNSIGNED), strict=True):
+    for q in quantized:
         if tuple(q.shape) != tuple(theta.shape) or q.codes.device != theta.device:
             found, needed = (f"{tuple(s)} on {d}" for s, d in ((q.shape, q.codes.device), (theta.shape, theta.device)))
             raise ValueError(f"the moment of {name}: {found}, needed {needed}, as the parameter")
         if not (q.codes.is_contiguous() and q.absmax.is_contiguous()):
             raise ValueError(f"AdamW writes into the moments of {name}: needed contiguous codes and scales")
-        own = on_device(code, theta.device)
-        if q.code is not own and not torch.equal(q.code, own):
-            raise ValueError(f"the moments of {name}: another map than `zero_moments` has, which the step closes with")
+    m, v = quantized
+    check_moments(m, v, name)
     if how != "torch":
-        check_block_sizes([q.block_size for q in quantized], how)
+        check_block_size(quantized[0].block_size, how)
     return how
 
 
-def check_block_sizes(sizes: Sequence[int], how: str) -> None:
-    """ValueError unless a kernel can hold blocks of m and v: of one size, and not too long."""
-    if len(set(sizes)) > 1:
-        m, v = sizes
-        raise ValueError(f"block_size: {m:,} of m and {v:,} of v, a kernel takes one for both: use backend='torch'")
-    if sizes[0] > (longest := backends.load(KERNELS, how).LONGEST_BLOCK):
-        raise ValueError(f"block_size: {sizes[0]:,}, a kernel holds blocks of up to {longest:,}: use backend='torch'")
+def check_moments(m: BlockwiseTensor, v: BlockwiseTensor, name: str = "the parameter") -> None:
+    """ValueError unless both are over the maps of `zero_moments`, and in blocks of one size: so a step closes them."""
+    for q, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
+        own = on_device(code, q.code.device)
+        if q.code is not own and not torch.equal(q.code, own):
+            raise ValueError(f"the moments of {name}: another map than `zero_moments` has, which the step closes with")
+    if m.block_size != v.block_size:
+        raise ValueError(f"the moments of {name}: blocks of {m.block_size:,} and {v.block_size:,}, needed one size")
+
+
+def check_block_size(block_size: int, how: str) -> None:
+    """ValueError for blocks that are too long for a kernel."""
+    if block_size > (longest := backends.load(KERNELS, how).LONGEST_BLOCK):
+        raise ValueError(f"block_size: {block_size:,}, a kernel holds blocks of up to {longest:,}: use backend='torch'")
 
 
 # In Triton: a table of addresses for all.

@@ -23,8 +23,9 @@ from minift_kernels.optim.adamw import AdamW, check_names, checked
 from minift_kernels.optim.adamw8bit import (
     AdamW8bit,
     Moment,
-    check_block_sizes,
+    check_block_size,
     check_gradients,
+    check_moments,
     overwrite,
     piece,
     step_in_place,
@@ -52,7 +53,7 @@ class PagedAdamW:
 
     `optimizer` keeps settings and step; moments that it has already, of a run that goes on, are moved into pages.
     ValueError where `page_elements` is no multiple of the block size, a page is larger than the budget, or moments in
-    8 bits are over other maps than `zero_moments` has."""
+    8 bits are over other maps than `zero_moments` has, or in other blocks than the optimizer's."""
 
     optimizer: AdamW | AdamW8bit
     pager: Pager
@@ -76,7 +77,7 @@ class PagedAdamW:
         how = {name: checked(name, theta, gradients[name], (), backend) for name, theta in arrays.items()}
         if isinstance(self.optimizer, AdamW8bit):
             for kernel in set(how.values()) - {"torch"}:
-                check_block_sizes([self._block_size], kernel)
+                check_block_size(self._block_size, kernel)
         for name, theta in arrays.items():
             if name not in self._paged:
                 self._add_zeros(name, theta)
@@ -135,10 +136,11 @@ class PagedAdamW:
         self._paged[name] = _Paged(tuple(theta.shape), dtype, pages)
 
     def _add(self, name: str, shape: tuple[int, ...], m: Moment, v: Moment) -> None:
-        for moment, code in ((m, DYNAMIC), (v, DYNAMIC_UNSIGNED)):
-            ours = isinstance(moment, BlockwiseTensor) and torch.equal(moment.code, on_device(code, moment.code.device))
-            if isinstance(moment, BlockwiseTensor) and not ours:
-                raise ValueError(f"the moments of {name}: needed the maps of `zero_moments`, with which pages are read")
+        if isinstance(m, BlockwiseTensor) and isinstance(v, BlockwiseTensor):
+            check_moments(m, v, name)
+            if m.block_size != self._block_size:
+                found = f"{m.block_size:,}, needed {self._block_size:,}, as the optimizer has"
+                raise ValueError(f"the moments of {name}: blocks of {found}")
         pages = [
             (elements, self.pager.add(_bytes_of(self._cut(m, elements), self._cut(v, elements))))
             for elements in self._pieces(math.prod(shape))
