@@ -1,16 +1,14 @@
 """MiniLM in torch: the reference's sentence embeddings, within what rounding its weights does to them, and LoRA's
 gradients over NF4."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from twin_models import agree, cast, tensor
 
+import minilm
 from minift.data.batches import pad
 from minift.io import Tokenizer, load_encoder
-from minift.io.minilm import minilm_folder
 from minift.models import bert as reference
 from minift.nn.weight import replace, trainable
 from minift.peft import lora, qlora
@@ -19,19 +17,7 @@ from minift_kernels.nn import weight
 from minift_kernels.params import from_numpy
 from rounding import moved_by_rounding
 
-
-@functools.cache
-def folder():
-    try:
-        return minilm_folder(), ""
-    except OSError as error:
-        return None, str(error)
-
-
-pytestmark = [
-    pytest.mark.skipif(folder()[0] is None, reason=f"needs MiniLM: {folder()[1]}"),
-    pytest.mark.xdist_group("minilm"),  # one worker holds the model
-]
+pytestmark = minilm.NEEDED
 
 SENTENCES = ["Stop.", "A man is playing the guitar, badly, in a café of Zürich.", "A kitten rests on a rug."]
 
@@ -44,7 +30,7 @@ def model():
 @pytest.fixture(scope="module")
 def texts():
     """Tokens and lengths of a padded batch."""
-    tokenizer = Tokenizer.load(folder()[0])
+    tokenizer = Tokenizer.load(minilm.folder())
     batch = pad([(np.array(tokenizer.encode_framed(s, 64), np.int32),) * 2 for s in SENTENCES])
     assert len(set(batch.lengths.tolist())) == 3
     return batch.tokens.astype(np.int64), batch.lengths.astype(np.int64)

@@ -4,7 +4,6 @@ The pooling is what sentence-transformers does by the folder's own `1_Pooling/co
 tokens, scaled to length 1. How close two float32 computations must be: `rounding.moved_by_rounding`.
 """
 
-import functools
 import json
 
 import numpy as np
@@ -12,25 +11,13 @@ import pytest
 import torch
 import transformers
 
+import minilm
 from minift.data.batches import pad
 from minift.io import Tokenizer, load_encoder
-from minift.io.minilm import minilm_folder
 from minift.models import bert
 from rounding import moved_by_rounding
 
-
-@functools.cache
-def folder():
-    try:
-        return minilm_folder(), ""
-    except OSError as error:
-        return None, str(error)
-
-
-pytestmark = [
-    pytest.mark.skipif(folder()[0] is None, reason=f"needs MiniLM: {folder()[1]}"),
-    pytest.mark.xdist_group("minilm"),  # one worker holds the two models
-]
+pytestmark = minilm.NEEDED
 
 SENTENCES = [
     "Stop.",
@@ -49,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(folder()[0])
+    return Tokenizer.load(minilm.folder())
 
 
 def encoded(tokenizer, sentences, max_length=256):
@@ -57,9 +44,9 @@ def encoded(tokenizer, sentences, max_length=256):
 
 
 def test_the_folder_asks_for_this_pooling():
-    pooling = json.loads((folder()[0] / "1_Pooling" / "config.json").read_text())
+    pooling = json.loads((minilm.folder() / "1_Pooling" / "config.json").read_text())
     assert [key for key, on in pooling.items() if on is True] == ["pooling_mode_mean_tokens"]
-    assert [part["type"].split(".")[-1] for part in json.loads((folder()[0] / "modules.json").read_text())] == [
+    assert [part["type"].split(".")[-1] for part in json.loads((minilm.folder() / "modules.json").read_text())] == [
         "Transformer",
         "Pooling",
         "Normalize",
@@ -68,7 +55,7 @@ def test_the_folder_asks_for_this_pooling():
 
 @pytest.mark.parametrize("max_length", [256, 16])
 def test_the_same_tokens(tokenizer, max_length):
-    peer = transformers.AutoTokenizer.from_pretrained(folder()[0])
+    peer = transformers.AutoTokenizer.from_pretrained(minilm.folder())
     expected = peer(SENTENCES, truncation=True, max_length=max_length, padding=False).input_ids
     assert [tokenizer.encode_framed(sentence, max_length) for sentence in SENTENCES] == expected
 
@@ -83,7 +70,7 @@ def test_embeddings_equal_those_of_transformers(model, tokenizer):
         return bert.embed(params, batch.tokens, config, batch.lengths, recompute=True)[0]
 
     bound, exact = moved_by_rounding(embeddings, params, config.intermediate_size)
-    peer = transformers.AutoModel.from_pretrained(folder()[0], attn_implementation="eager").eval()
+    peer = transformers.AutoModel.from_pretrained(minilm.folder(), attn_implementation="eager").eval()
     real = torch.tensor(np.arange(batch.tokens.shape[1]) < batch.lengths[:, None])
     with torch.no_grad():
         hidden = peer(torch.tensor(batch.tokens.astype(np.int64)), attention_mask=real.long()).last_hidden_state

@@ -21,7 +21,7 @@ def feed_forward(
     arrays: Tensors, path: str, x: Float[Tensor, "*rows d_in"], activation: Activation
 ) -> Float[Tensor, "*rows d_out"]:
     """Equation (1) for the layers {path}.0, .2, .4, … (the odd ones are the activations)."""
-    layers = [f"{path}.{i}" for i in range(0, len(arrays) * 2, 2) if f"{path}.{i}.weight" in arrays]
+    layers = [f"{path}.{i}" for i in range(0, len(arrays), 2) if f"{path}.{i}.weight" in arrays]
     for index, layer in enumerate(layers):
         if index:
             x = torch.relu(x) if activation == "relu" else torch.tanh(x)
